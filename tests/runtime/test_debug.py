@@ -103,7 +103,7 @@ def exchanged(rank: int, sent: dict[str, Any]) -> str:
         return (dist.irecv if rank else dist.isend)(message, 1 - rank, tag=tag)
 
     if rank == 0:
-        i = replace(i, micro_batch=sent.get("micro_batch", 2), stage=sent.get("stage", 0))
+        i = i._replace(micro_batch=sent.get("micro_batch", 2), stage=sent.get("stage", 0))
         tensor = sent.get("tensor", tensor)
         for work in headers.send(i, 0, tensor, 5, post)[:1]:
             work.wait()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from random import Random
 
+from meshwright.program.codes import to_codes
 from meshwright.program.schedules import schedule_orders
-from meshwright.program.work import Work, fits, seconds, to_codes
+from meshwright.program.work import Work, fits, seconds
 from meshwright.search.list_scheduler.listing import NAMES
 
 

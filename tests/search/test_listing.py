@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from listings import best_named, random_work
 
 from meshwright.program.actions import parse_order
+from meshwright.program.codes import to_codes, to_orders
 from meshwright.program.operations import Op
 from meshwright.program.orders import check_orders
-from meshwright.program.work import Work, fits, play, seconds, to_codes, to_orders
+from meshwright.program.work import Work, fits, play, seconds
 from meshwright.search.list_scheduler.greedy import Rule, listed
 from meshwright.search.list_scheduler.listing import best_order
 from meshwright.search.list_scheduler.refine import refined

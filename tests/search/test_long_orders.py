@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from listings import random_work
 
+from meshwright.program.codes import to_codes, to_orders
 from meshwright.program.orders import check_orders
 from meshwright.program.schedules import schedule_orders
-from meshwright.program.work import Work, fits, seconds, to_codes, to_orders
+from meshwright.program.work import Work, fits, seconds
 from meshwright.search.list_scheduler import listing
 from meshwright.search.list_scheduler.listing import KEPT, NAMES, best_order
 from soaks import portion

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meshwright.program.codes import to_codes
 from meshwright.program.schedules import schedule_orders
-from meshwright.program.work import Work, fits, seconds, to_codes
+from meshwright.program.work import Work, fits, seconds
 from meshwright.search.costs import UNLIMITED
 from meshwright.search.list_scheduler.listing import NAMES, best_order
 from meshwright.search.pipeline_seconds import (

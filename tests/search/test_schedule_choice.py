@@ -20,12 +20,13 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job, Plan
 from meshwright.plan.validate import validate_plan
 from meshwright.program.check import check_program
+from meshwright.program.codes import to_codes
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import format_program, parse_program
 from meshwright.program.operations import Op
 from meshwright.program.orders import orders_of
 from meshwright.program.schedules import schedule_orders
-from meshwright.program.work import seconds, to_codes
+from meshwright.program.work import seconds
 from meshwright.search.costs import costs_of
 from meshwright.search.list_scheduler.listing import NAMES
 from meshwright.search.options import other_schedules

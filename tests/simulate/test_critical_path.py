@@ -8,19 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meshwright.cost.priced_plan import PricedPlan
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Plan
-from meshwright.program.operations import Op
-from meshwright.program.timeline import Interval, Timeline
+from meshwright.program.timeline import Timeline
 from meshwright.simulate.compare_timelines import compare_timelines
 from meshwright.simulate.critical_path import (
     PARTS,
-    OrderedIntervals,
+    InOrder,
     critical_path,
     latest,
     step_breakdown,
 )
-from meshwright.simulate.simulator import simulate_plan
+from meshwright.simulate.simulator import simulate_plan, simulated_step
 from strategies import models_and_plans
 from worlds import even_model, even_plan, one_node
 
@@ -127,19 +127,6 @@ def test_errors_are_relative_to_what_was_measured() -> None:
     assert found.unmatched == (f"rank {lost.rank}: {lost.label}",)
 
 
-def interval(start: float, end: float) -> Interval:
-    return Interval(
-        rank=0,
-        stream="compute",
-        op=Op.FORWARD,
-        stage=0,
-        micro_batch=0,
-        label="",
-        start_seconds=start,
-        end_seconds=end,
-    )
-
-
 @given(
     ends=st.lists(st.integers(0, 20), min_size=1),
     ordered=st.booleans(),
@@ -147,32 +134,35 @@ def interval(start: float, end: float) -> Interval:
     tolerance=st.sampled_from([0.0, 0.5, 3.0]),
 )
 def test_what_ends_last_is_found_without_a_look_at_all(ends, ordered, before, tolerance):
-    intervals = [interval(0.0, float(end)) for end in (sorted(ends) if ordered else ends)]
-    row = OrderedIntervals()
-    for each in intervals:
-        row.append(each)
-    assert row.latest(before, tolerance) == latest(intervals, before, tolerance)
+    every = [(0, n, 0.0, float(end)) for n, end in enumerate(sorted(ends) if ordered else ends)]
+    assert InOrder(every).latest(before, tolerance) == latest(every, before, tolerance)
 
 
-class Watched:
-    """An interval that counts who asks for its end."""
+class Watched(tuple[int, int, float, float]):
+    """Something carried out that counts who asks when."""
 
     asked = 0
 
-    def __init__(self, end: float) -> None:
-        self._end = end
-
-    @property
-    def end_seconds(self) -> float:
+    def __getitem__(self, key):
         Watched.asked += 1
-        return self._end
+        return super().__getitem__(key)
 
 
 def test_a_long_step_is_not_looked_through_at_every_turn() -> None:
-    row, number = OrderedIntervals(), 2_000
-    for end in range(number):
-        row.append(Watched(float(end)))  # type: ignore[arg-type]
+    number = 2_000
+    row = InOrder([Watched((0, end, 0.0, float(end))) for end in range(number)])
     Watched.asked = 0
     for before in range(number):
         assert len(row.latest(before, 1e-9)) == 1
     assert Watched.asked == 0
+
+
+@given(models_and_plans(), st.sampled_from([1e5, 1e9]))
+def test_a_simulated_step_needs_no_timeline(
+    case: tuple[LayerGraph, Plan], bandwidth: float
+) -> None:
+    model, plan = case
+    priced = PricedPlan(plan, model, one_node(len(plan.devices), bandwidth=bandwidth))
+    step = simulated_step(priced.program, priced.prices)
+    assert critical_path(step) == critical_path(step.timeline())
+    assert step_breakdown(step) == step_breakdown(step.timeline())

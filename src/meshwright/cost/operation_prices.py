@@ -48,7 +48,10 @@ def compute_price(i: Instruction, rank: RankContext) -> Price:
     if i.op in (Op.FORWARD, Op.BACKWARD):
         held = full if i.op is Op.FORWARD else -full
     else:
-        half = deferred_bytes(context.tables, seated.stage, tensor, rows)
+        key = (seated.stage.layers, tensor, rows)
+        if key not in context.deferred:
+            context.deferred[key] = deferred_bytes(context.tables, seated.stage, tensor, rows)
+        half = context.deferred[key]
         held = half - full if i.op is Op.BACKWARD_INPUT else -half * len(micro_batches_of(i))
     return Price(
         seconds=float(seated.times.of(i.op, len(micro_batches_of(i))).sum()), held_bytes=held

@@ -135,26 +135,27 @@ def _placed_stages(program: Program, context: PricingContext) -> dict[int, dict[
 def _prices(rank: RankContext) -> tuple[Price, ...]:
     """Prices the instructions of one rank."""
     raise_if_stopped()
-    inside = _backward_of_reductions(rank.instructions)
+    functions = pricings()
+    known: dict[tuple[object, ...], Price] = {}
+    found: list[Price] = []
+    for i in rank.instructions:
+        if i.op.part not in ("compute", "transfers"):
+            found.append(functions[i.op](i, rank))
+            continue
+        # These are alike for every micro-batch.
+        batched = i.micro_batches and len(micro_batches_of(i))
+        key = (i.stage, i.op, batched, i.peer, i.bytes, i.ranks)
+        priced = known.get(key)
+        if priced is None:
+            priced = known[key] = functions[i.op](i, rank)
+        found.append(priced)
     completes: dict[int, list[tuple[int, float]]] = {}
-    for reduction, backward in inside.items():
+    for reduction, backward in _backward_of_reductions(rank.instructions).items():
         offset = _completion_seconds(rank, rank.instructions[reduction], backward)
         completes.setdefault(backward, []).append((reduction, offset))
-    known: dict[tuple[object, ...], Price] = {}
-    found = []
-    for index, i in enumerate(rank.instructions):
-        if i.op.part in ("compute", "transfers"):  # alike for every micro-batch
-            batched = i.micro_batches and len(micro_batches_of(i))
-            key = (i.stage, i.op, batched, i.peer, i.bytes, i.ranks)
-            if key not in known:
-                known[key] = pricings()[i.op](i, rank)
-            priced = known[key]
-        else:
-            priced = pricings()[i.op](i, rank)
-        if index in inside or index in completes:
-            done = tuple(completes.get(index, ()))
-            priced = replace(priced, completed_by=inside.get(index), completes=done)
-        found.append(priced)
+        found[reduction] = replace(found[reduction], completed_by=backward)
+    for backward, reductions in completes.items():
+        found[backward] = replace(found[backward], completes=tuple(reductions))
     return tuple(found)
 
 
@@ -175,12 +176,14 @@ def _backward_of_reductions(instructions: Sequence[Instruction]) -> dict[int, in
 
     A reduction posted after that backward is left out: its gradients are complete already.
     """
-    last = {i.stage: index for index, i in enumerate(instructions) if i.op.completes_gradients}
-    return {
-        index: last[i.stage]
-        for index, i in enumerate(instructions)
-        if i.op.of_gradients and last.get(i.stage, -1) > index
-    }
+    last: dict[int, int] = {}
+    sums: list[tuple[int, int]] = []
+    for index, i in enumerate(instructions):
+        if i.op.completes_gradients:
+            last[i.stage] = index
+        elif i.op.of_gradients:
+            sums.append((index, i.stage))
+    return {index: last[stage] for index, stage in sums if last.get(stage, -1) > index}
 
 
 def _static_bytes(

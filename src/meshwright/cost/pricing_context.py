@@ -69,6 +69,9 @@ class PricingContext:
     )
     """The memory of stages weighed so far, by recomputation, layers, tensor width and rows."""
 
+    deferred: dict[tuple[tuple[int, int], int, int], float] = field(default_factory=dict)
+    """What is kept between the parts of a backward, by layers, tensor width and rows."""
+
     def type_of(self, device: str) -> DeviceType:
         """Returns the type of a device."""
         return self.cluster.types[self.links.devices[device].type]

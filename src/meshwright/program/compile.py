@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import replace
 
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import RankPlacement, StagePlacement, stage_placements
 from meshwright.plan.spec import Plan
 from meshwright.program.actions import Order
-from meshwright.program.instructions import Instruction, Program
+from meshwright.program.instructions import Instruction, Program, of_micro_batch
 from meshwright.program.operations import Op
 from meshwright.program.orders import orders_of
 from meshwright.records import record
@@ -196,9 +195,9 @@ def _early_updates(
     if not buckets:
         yield whole
     elif any(not summed.issuperset(range(*stage.layers)) for stage in group.stages.values()):
-        yield replace(whole, layers=None)
+        yield whole._replace(layers=None)
     for layers, tied in buckets:
-        yield replace(whole, layers=layers, tied=tied)
+        yield whole._replace(layers=layers, tied=tied)
 
 
 def _groups(
@@ -227,27 +226,40 @@ def _groups(
             )
 
 
+@record
+class _Pattern:
+    """Holds what is alike in the instructions around an action for all micro-batches."""
+
+    receives: list[Instruction]
+    """What is posted ahead of it."""
+    work: list[Instruction]
+    """The gathers of what it has received, itself, and what it sends."""
+
+
+def _pattern(group: PipelineRank, placement: RankPlacement, op: Op, s: int) -> _Pattern:
+    """Returns the pattern of an operation of a stage on one rank."""
+    stage, boundaries, whole = group.stages[s], group.boundaries[s], _WHOLE.get(op, op)
+    incoming, outgoing = boundaries.incoming.get(whole), boundaries.outgoing.get(whole)
+    own = Instruction(op=op, stage=stage.number, rows=placement.rows, layers=stage.layers)
+    gathers = boundary_gathers(placement, incoming)
+    sends = boundary_transfers(placement, outgoing)
+    return _Pattern(receives=boundary_transfers(placement, incoming), work=[*gathers, own, *sends])
+
+
 def _group_program(group: PipelineRank, number: int, placed: Placed) -> Iterator[Instruction]:
     """Yields the instructions of one rank that come before the end of the step (norm and update),
     given its number in the mesh."""
-    placements = {s: stage.mesh.members[number] for s, stage in group.stages.items()}
-    for index, action in enumerate(group.order):
+    patterns = {
+        (op, s): _pattern(group, group.stages[s].mesh.members[number], op, s)
+        for op, s in {action[:2]: None for action in group.order}
+    }
+    for index, (op, s, first, last) in enumerate(group.order):
         for later in group.arriving.get(index, ()):
-            op, s, micro_batch, _ = group.order[later]
-            incoming = group.boundaries[s].incoming.get(_WHOLE.get(op, op))
-            yield from boundary_transfers(placements[s], micro_batch, incoming)
+            other, t, micro_batch, _ = group.order[later]
+            yield from of_micro_batch(patterns[other, t].receives, micro_batch)
         yield from placed.get(index, ())
-        op, s, first, last = action
-        if op in (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT):
-            incoming = group.boundaries[s].incoming.get(_WHOLE.get(op, op))
-            yield from boundary_gathers(placements[s], first, incoming)
-        yield Instruction(
-            op=op,
-            stage=group.stages[s].number,
-            micro_batch=first if last == first + 1 else None,
-            micro_batches=None if last == first + 1 else (first, last),
-            rows=placements[s].rows,
-            layers=group.stages[s].layers,
-        )
-        outgoing = group.boundaries[s].outgoing.get(_WHOLE.get(op, op))
-        yield from boundary_transfers(placements[s], first, outgoing)
+        work = patterns[op, s].work
+        if last == first + 1:
+            yield from of_micro_batch(work, first)
+        else:
+            yield from (i._replace(micro_batches=(first, last)) for i in work)

@@ -27,9 +27,9 @@ micro-batch 3 on stage 0. The same rules time every instruction in the simulator
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from meshwright.errors import Problem, ProgramError
 from meshwright.layout.shares import Share
@@ -38,10 +38,9 @@ from meshwright.program.operations import Op, operation, operations
 from meshwright.records import record
 
 
-@record
-class Instruction:
+class Instruction(NamedTuple):
     """Describes one entry of a rank's list; fields that its operation does not use are None or
-    empty."""
+    empty. A tuple, because searches make millions."""
 
     op: Op
     stage: int
@@ -84,6 +83,11 @@ def micro_batches_of(i: Instruction) -> range:
     if i.micro_batches is not None:
         return range(*i.micro_batches)
     return range(0) if i.micro_batch is None else range(i.micro_batch, i.micro_batch + 1)
+
+
+def of_micro_batch(patterns: Iterable[Instruction], micro_batch: int) -> list[Instruction]:
+    """Returns instructions that are alike but for their micro-batch for one of them."""
+    return [tuple.__new__(Instruction, (*i[:2], micro_batch, *i[3:])) for i in patterns]
 
 
 def collective_key(i: Instruction) -> tuple[object, ...]:

@@ -7,16 +7,16 @@ one, v stages on each, M micro-batches; F, I, W and B = I + W are seconds of one
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import lru_cache
 
 from meshwright.plan.ranks import EXPLICIT_SCHEDULES, StageLayout
 from meshwright.plan.spec import ScheduleName
-from meshwright.program.actions import Action, Order, peak_held, single_action
-from meshwright.program.operations import Op
+from meshwright.program.actions import Order
+from meshwright.program.codes import B, Codes, F, I, W, peak, to_orders, with_batched_end
 
 
-def interleaved(groups: int, chunks: int, micro_batches: int) -> tuple[Order, ...]:
+def interleaved(groups: int, chunks: int, micro_batches: int) -> list[Codes]:
     """Returns interleaved 1F1B (Narayanan et al. 2021): stage k stands on pipeline rank k modulo p.
 
     Micro-batches pass through all chunks p at a time, so that the bubble is (p - 1)(F + B) of one
@@ -26,56 +26,54 @@ def interleaved(groups: int, chunks: int, micro_batches: int) -> tuple[Order, ..
     found = []
     for s in range(groups):
         stages = [s + c * groups for c in range(chunks)]
-        forwards = [single_action(Op.FORWARD, k, m) for r in rounds for k in stages for m in r]
-        backwards = [
-            single_action(Op.BACKWARD, k, m) for r in rounds for k in reversed(stages) for m in r
-        ]
-        longest = len(rounds[0]) if len(rounds) == 1 else max(map(len, rounds))
+        forwards = [4 * k + F for r in rounds for k in stages for _ in range(r)]
+        backwards = [4 * k + B for r in rounds for k in reversed(stages) for _ in range(r)]
+        longest = rounds[0] if len(rounds) == 1 else max(rounds)
         warm_up = (chunks - 1) * max(groups, longest) + 2 * (groups - 1 - s) + 1
         found.append(_alternating(forwards, backwards, warm_up))
-    return tuple(found)
+    return found
 
 
-def _rounds(groups: int, micro_batches: int) -> list[range]:
+def _rounds(groups: int, micro_batches: int) -> list[int]:
     """Divides the micro-batches into rounds of `groups`; the last one takes the remainder too."""
     count = max(1, micro_batches // groups)
-    ends = [groups * (r + 1) for r in range(count - 1)] + [micro_batches]
-    return [range(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    return [groups] * (count - 1) + [micro_batches - groups * (count - 1)]
 
 
-def _alternating(forwards: list[Action], backwards: list[Action], warm_up: int) -> Order:
+def _alternating(forwards: Codes, backwards: Codes, warm_up: int) -> Codes:
     """Returns an order with `warm_up` forwards, then backwards and forwards in turn, then the
     remaining backwards."""
     order = forwards[:warm_up]
     for k, backward in enumerate(backwards):
         order.append(backward)
         order += forwards[warm_up + k : warm_up + k + 1]
-    return tuple(order)
+    return order
 
 
 class _OrderBuilder:
-    """Builds the order of a pipeline rank, with the next micro-batch of each stage and
-    operation."""
+    """Builds the order of a pipeline rank, and counts the micro-batches of each stage and kind of
+    work."""
 
     def __init__(self, micro_batches: int) -> None:
         self.micro_batches = micro_batches
-        self.order: list[Action] = []
-        self.next: dict[tuple[Op, int], int] = {}
+        self.order: Codes = []
+        self.done: dict[int, int] = {}
 
-    def take(self, stage: int, *ops: Op) -> None:
-        """Appends the next micro-batch of each operation; those beyond the last are skipped."""
-        for op in ops:
-            m = self.next.get((op, stage), 0)
-            self.next[op, stage] = m + 1
+    def take(self, stage: int, *kinds: int) -> None:
+        """Appends the next micro-batch of each kind of work; those beyond the last are skipped."""
+        for kind in kinds:
+            code = 4 * stage + kind
+            m = self.done.get(code, 0)
+            self.done[code] = m + 1
             if m < self.micro_batches:
-                self.order.append(single_action(op, stage, m))
+                self.order.append(code)
 
-    def left(self, op: Op, stage: int) -> int:
-        """Returns the number of micro-batches for which an operation is still to be done."""
-        return self.micro_batches - self.next.get((op, stage), 0)
+    def left(self, kind: int, stage: int) -> int:
+        """Returns the number of micro-batches for which some work is still to be done."""
+        return self.micro_batches - self.done.get(4 * stage + kind, 0)
 
 
-def zb_v(groups: int, micro_batches: int) -> tuple[Order, ...]:
+def zb_v(groups: int, micro_batches: int) -> list[Codes]:
     """Returns ZB-V (Qi et al. 2024, arXiv 2405.15362), with stages s and 2p - 1 - s on pipeline
     rank s.
 
@@ -83,66 +81,60 @@ def zb_v(groups: int, micro_batches: int) -> tuple[Order, ...]:
     and W take equal time, no pipeline rank idles between its first and its last action, and none
     holds more than p micro-batches of both its stages. With fewer than 2p - 1 micro-batches the
     same pattern has gaps."""
-    return tuple(_v_order(s, groups, micro_batches) for s in range(groups))
+    return [_v_order(s, groups, micro_batches) for s in range(groups)]
 
 
-def _v_order(group: int, groups: int, micro_batches: int) -> Order:
+def _v_order(group: int, groups: int, micro_batches: int) -> Codes:
     """Returns the order of the pipeline rank `group`.
 
     Its stage `down` is one of the first p stages, its stage `up` one of the last p.
     """
     down, up = group, 2 * groups - 1 - group
-    f, i, w = Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT
     # No stage waits for the first one, whose backwards therefore stay whole, in fewer passes.
-    both = (i, w) if down else (Op.BACKWARD,)
+    both = (I, W) if down else (B,)
     played = max(micro_batches, 2 * groups - 1)
     turns = _OrderBuilder(micro_batches)
     for _ in range(2 * (groups - group) - 1):
-        turns.take(down, f)
+        turns.take(down, F)
     for _ in range(group):
-        turns.take(up, f)
-        turns.take(down, f)
+        turns.take(up, F)
+        turns.take(down, F)
     for _ in range(groups - group):
-        turns.take(up, f, i, w)
+        turns.take(up, F, I, W)
     for _ in range(played - groups):
-        if turns.next[f, down] < played:
-            turns.take(down, f)
+        if turns.done[4 * down + F] < played:
+            turns.take(down, F)
         turns.take(down, *both)
-        turns.take(up, f, i, w)
+        turns.take(up, F, I, W)
     for _ in range(group):
-        turns.take(down, i)
-        turns.take(up, i)
+        turns.take(down, I)
+        turns.take(up, I)
     for _ in range(groups - group):
         turns.take(down, *both)
-    for stage, last in ((up, w), (down, both[-1])):
+    for stage, last in ((up, W), (down, both[-1])):
         while turns.left(last, stage) > 0:
             turns.take(stage, last)
-    return tuple(turns.order)
+    return turns.order
 
 
-def gpipe(stage: int, micro_batches: int) -> Order:
+def gpipe(stage: int, micro_batches: int) -> Codes:
     """Returns GPipe's order: all forwards, then all backwards, oldest first (Huang et al. 2019)."""
-    forwards = (single_action(Op.FORWARD, stage, m) for m in range(micro_batches))
-    backwards = (single_action(Op.BACKWARD, stage, m) for m in range(micro_batches))
-    return (*forwards, *backwards)
+    return [4 * stage + F] * micro_batches + [4 * stage + B] * micro_batches
 
 
-def one_f_one_b(stage: int, micro_batches: int, warm_up: int) -> Order:
+def one_f_one_b(stage: int, micro_batches: int, warm_up: int) -> Codes:
     """Returns the order of 1F1B: `warm_up` forwards, then backwards and forwards in turn, then the
     remaining backwards.
 
     PipeDream-flush (Narayanan et al. 2021). At most `warm_up` micro-batches are held. With
     `warm_up` 2 and 3 micro-batches: F0 F1 B0 F2 B1 B2.
     """
-    order = [single_action(Op.FORWARD, stage, m) for m in range(min(warm_up, micro_batches))]
-    for m in range(micro_batches):
-        order.append(single_action(Op.BACKWARD, stage, m))
-        if m + warm_up < micro_batches:
-            order.append(single_action(Op.FORWARD, stage, m + warm_up))
-    return tuple(order)
+    forward, backward = 4 * stage + F, 4 * stage + B
+    ahead = min(warm_up, micro_batches)
+    return [forward] * ahead + [backward, forward] * (micro_batches - ahead) + [backward] * ahead
 
 
-def zero_bubble(stage: int, micro_batches: int, warm_up: int, lag: int) -> Order:
+def zero_bubble(stage: int, micro_batches: int, warm_up: int, lag: int) -> Codes:
     """Returns the order of 1F1B with split backwards: the weight part of a micro-batch comes `lag`
     micro-batches after its input part.
 
@@ -151,66 +143,52 @@ def zero_bubble(stage: int, micro_batches: int, warm_up: int, lag: int) -> Order
     """
     if lag == 0:
         return one_f_one_b(stage, micro_batches, warm_up)
-    order = [single_action(Op.FORWARD, stage, m) for m in range(min(warm_up, micro_batches))]
+    forward, inputs, weights = 4 * stage + F, 4 * stage + I, 4 * stage + W
+    order = [forward] * min(warm_up, micro_batches)
     for m in range(micro_batches):
-        order.append(single_action(Op.BACKWARD_INPUT, stage, m))
+        order.append(inputs)
         if m >= lag:
-            order.append(single_action(Op.BACKWARD_WEIGHT, stage, m - lag))
+            order.append(weights)
         if m + warm_up < micro_batches:
-            order.append(single_action(Op.FORWARD, stage, m + warm_up))
-    order += (
-        single_action(Op.BACKWARD_WEIGHT, stage, m)
-        for m in range(max(micro_batches - lag, 0), micro_batches)
-    )
-    return tuple(order)
+            order.append(forward)
+    return order + [weights] * min(lag, micro_batches)
 
 
-def two_bp(order: Order, *, filled: bool, batched: bool) -> Order:
+def two_bp(order: Codes, *, filled: bool, batched: bool) -> Codes:
     """Splits the backwards of an order in two parts, and delays their weight parts: 2BP (arXiv
     2405.18047).
 
     A backward hands on its input gradients first. If the base schedule alternates (`filled`), each
     of its backwards after the last forward leaves room for one delayed weight part. The remaining
-    ones come at the end, those of one stage at once if `batched`. After the last forward no stage
+    ones come at the end, those of one stage together if `batched`. After the last forward no stage
     waits for the first stage, so its backwards stay whole, in fewer passes.
     """
-    last_forward = max(k for k, action in enumerate(order) if action.op is Op.FORWARD)
-    waiting: deque[Action] = deque()
-    found: list[Action] = []
-    for k, action in enumerate(order):
-        if action.op is Op.FORWARD or (action.stage == 0 and k > last_forward):
-            found.append(action)
+    last_forward = max(k for k, code in enumerate(order) if code & 3 == F)
+    found = [code - B + I if code & 3 == B else code for code in order[:last_forward]]
+    waiting = deque(code - B + W for code in order[:last_forward] if code & 3 == B)
+    found.append(order[last_forward])
+    for k, code in enumerate(order[last_forward + 1 :], last_forward + 1):
+        if code == B:  # of the first stage
+            found.append(code)
             continue
-        found.append(action._replace(op=Op.BACKWARD_INPUT))
-        waiting.append(action._replace(op=Op.BACKWARD_WEIGHT))
-        if filled and last_forward < k < len(order) - 1:
+        found.append(code - B + I)
+        waiting.append(code - B + W)
+        if filled and k < len(order) - 1:
             found.append(waiting.popleft())
-    return (*found, *(_batched(waiting) if batched else waiting))
-
-
-def _batched(weights: Iterable[Action]) -> list[Action]:
-    """Joins weight parts of neighbouring micro-batches of one stage into one action.
-
-    Stages keep the order of their first weight part.
-    """
-    runs: dict[int, list[Action]] = {}
-    for action in weights:
-        own = runs.setdefault(action.stage, [])
-        if own and own[-1].last == action.first:
-            own[-1] = own[-1]._replace(last=action.last)
-        else:
-            own.append(action)
-    return [action for own in runs.values() for action in own]
+    if batched:  # stages keep the order of their first weight part
+        stages = {code: n for n, code in enumerate(dict.fromkeys(waiting))}
+        return found + sorted(waiting, key=stages.__getitem__)
+    return [*found, *waiting]
 
 
 def _one_each(
-    make: Callable[[int, int, int], Order],
-) -> Callable[[StageLayout, int], tuple[Order, ...]]:
+    make: Callable[[int, int, int], Codes],
+) -> Callable[[StageLayout, int], list[Codes]]:
     """Adapts a rule make(stage, p, M) for pipeline ranks that hold one stage each."""
-    return lambda layout, count: tuple(make(s, len(layout), count) for s in range(len(layout)))
+    return lambda layout, count: [make(s, len(layout), count) for s in range(len(layout))]
 
 
-_BASES: dict[str, Callable[[StageLayout, int], tuple[Order, ...]]] = {
+_BASES: dict[str, Callable[[StageLayout, int], list[Codes]]] = {
     "gpipe": _one_each(lambda s, _, count: gpipe(s, count)),
     "1f1b": _one_each(lambda s, p, count: one_f_one_b(s, count, p - s)),
     # One more forward ahead for every boundary below, so that each transfer has a slot of its own
@@ -224,10 +202,9 @@ _BASES: dict[str, Callable[[StageLayout, int], tuple[Order, ...]]] = {
 
 
 @lru_cache(maxsize=64)
-def schedule_orders(
-    schedule: ScheduleName, layout: StageLayout, micro_batches: int
-) -> tuple[Order, ...]:
-    """Returns the order of every pipeline rank by a schedule's rule.
+def schedule_codes(schedule: ScheduleName, layout: StageLayout, micro_batches: int) -> list[Codes]:
+    """Returns the order of every pipeline rank by a schedule's rule, as numbers: the same lists
+    each time, which are not to be changed.
 
     The schedule must have a rule and be able to play this layout (`needed_layout`).
     """
@@ -236,7 +213,17 @@ def schedule_orders(
     if not two_parts:
         return found
     filled, batched = base != "gpipe", how == "-batched"
-    return tuple(two_bp(order, filled=filled, batched=batched) for order in found)
+    return [two_bp(order, filled=filled, batched=batched) for order in found]
+
+
+@lru_cache(maxsize=64)
+def schedule_orders(
+    schedule: ScheduleName, layout: StageLayout, micro_batches: int
+) -> tuple[Order, ...]:
+    """Returns the order of every pipeline rank by a schedule's rule, with the weight parts at its
+    end as one action for each stage if the schedule batches them."""
+    orders = to_orders(schedule_codes(schedule, layout, micro_batches))
+    return tuple(map(with_batched_end, orders)) if schedule.endswith("-batched") else orders
 
 
 def in_flight(schedule: ScheduleName, stage: int, stages: int, micro_batches: int) -> int:
@@ -250,8 +237,5 @@ def in_flight(schedule: ScheduleName, stage: int, stages: int, micro_batches: in
     if schedule == "1f1b":
         return min(stages - stage, micro_batches)
     layout = tuple((s,) for s in range(stages))
-    return round(peak_held(schedule_orders(schedule, layout, micro_batches)[stage], _each, _each))
-
-
-def _each(_stage: int) -> float:
-    return 1.0
+    own = schedule_codes(schedule, layout, micro_batches)[stage]
+    return round(peak(own, [1, -1, 0, -1] * stages))

@@ -7,26 +7,14 @@ simulator comes to the same seconds there.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain, pairwise
 
 from meshwright.plan.ranks import StageLayout
-from meshwright.plan.spec import ScheduleName
-from meshwright.program.actions import Order, single_action
+from meshwright.program.codes import B, Codes, W, peak
 from meshwright.program.compile import RECEIVES_AHEAD
-from meshwright.program.operations import Op
-from meshwright.program.schedules import schedule_orders
 from meshwright.records import record
-
-F, B, I, W = range(4)  # noqa: E741 - the words of schedules
-OPS = (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
-CODES = {op: code for code, op in enumerate(OPS)}
-
-Codes = list[int]
-"""An order as numbers, 4 x stage + F, B, I or W: every kind of work of a stage takes its
-micro-batches in turn, so that they need not be named."""
 
 Waits = list[float | None]
 """Seconds of the message that the forward or backward of each stage waits for. None means that no
@@ -83,46 +71,6 @@ class Work:
         return [None, *onward], [*back, None]
 
 
-def to_orders(codes: Sequence[Codes]) -> tuple[Order, ...]:
-    """Turns orders written as numbers into orders of actions."""
-    return tuple(_to_order(own) for own in codes)
-
-
-def _to_order(own: Codes) -> Order:
-    forwards, backwards = Counter[int](), Counter[int]()
-    waiting: defaultdict[int, deque[int]] = defaultdict(deque)
-    order = []
-    for code in own:
-        kind, s = code & 3, code >> 2
-        if kind == F:
-            m = forwards[s]
-            forwards[s] += 1
-        elif kind == W:
-            m = waiting[s].popleft()
-        else:
-            m = backwards[s]
-            backwards[s] += 1
-            if kind == I:
-                waiting[s].append(m)
-        order.append(single_action(OPS[kind], s, m))
-    return tuple(order)
-
-
-def to_codes(orders: Sequence[Order]) -> list[Codes]:
-    """Turns orders of actions into numbers; a batched W becomes several single ones."""
-    return [
-        [4 * a.stage + CODES[a.op] for a in order for _ in range(a.last - a.first)]
-        for order in orders
-    ]
-
-
-@lru_cache(maxsize=64)
-def schedule_codes(name: ScheduleName, layout: StageLayout, micro_batches: int) -> list[Codes]:
-    """Returns the order of a schedule with a rule as numbers: the same list each time, which is not
-    to be changed."""
-    return to_codes(schedule_orders(name, layout, micro_batches))
-
-
 def fits(work: Work, codes: Sequence[Codes]) -> bool:
     """True if no group holds more than it has room for."""
     return all(most_held(work, own) <= work.room[g] for g, own in enumerate(codes))
@@ -130,14 +78,10 @@ def fits(work: Work, codes: Sequence[Codes]) -> bool:
 
 def most_held(work: Work, own: Codes) -> float:
     """Returns the most bytes of activations that an order holds at once."""
-    change = [0.0] * (4 * len(work.full))
+    changes = [0.0] * (4 * len(work.full))
     for s, (full, half) in enumerate(zip(work.full, work.half, strict=True)):
-        change[4 * s : 4 * s + 4] = (full, -full, half - full, -half)
-    held = most = 0.0
-    for code in own:
-        held += change[code]
-        most = max(most, held)
-    return most
+        changes[4 * s : 4 * s + 4] = (full, -full, half - full, -half)
+    return max(peak(own, changes), 0.0)
 
 
 def play(work: Work, codes: Sequence[Codes]) -> list[list[float]] | None:
@@ -146,16 +90,69 @@ def play(work: Work, codes: Sequence[Codes]) -> list[list[float]] | None:
     A receive is posted AHEAD actions before its reader, when the action before these ends; messages
     of one cut and direction go one after the other.
     """
-    step = _Play(work, codes)
-    upwards = True
-    while True:
-        groups = range(len(codes))
-        if not any([step.advance(g) for g in (groups if upwards else reversed(groups))]):  # noqa: C419
-            break
-        upwards = not upwards
-    if any(len(ends) < len(own) for ends, own in zip(step.ends, codes, strict=True)):
-        return None
-    return step.ends
+    steps = _steps(work)
+    every: list[list[float]] = [[] for _ in codes]
+    groups = list(zip(codes, every, strict=True))
+    moved = True
+    while moved:
+        moved = False
+        for own, ends in groups:  # each until it has to wait for another
+            began = k = len(ends)
+            now = ends[-1] if ends else 0.0
+            while k < len(own):
+                code = own[k]
+                made, done, wait, free, took, again = steps[code]
+                if made is not None:
+                    m = len(done)
+                    if m >= len(made):
+                        break
+                    ready = made[m]
+                    if wait is not None:
+                        posted = ends[k - RECEIVES_AHEAD - 1] if k > RECEIVES_AHEAD else 0.0
+                        if posted > ready:
+                            ready = posted
+                        if free[0] > ready:
+                            ready = free[0]
+                        ready += wait
+                        free[0] = ready
+                    if ready > now:
+                        now = ready
+                now += again if k and own[k - 1] == code else took
+                ends.append(now)
+                done.append(now)
+                k += 1
+            moved = moved or k > began
+        groups.reverse()
+    whole = all(len(ends) == len(own) for own, ends in groups)
+    return every if whole else None
+
+
+Step = tuple[list[float] | None, list[float], float | None, list[float], float, float]
+"""It holds when its source has made what each micro-batch waits for (None if there is no source),
+its own ends, the seconds of the message (None if none is sent), when the link is free again, its
+own seconds, and those where it follows one of its code."""
+
+
+def _steps(work: Work) -> list[Step]:
+    """Returns what it takes to play each code."""
+    stages = len(work.forward)
+    took, (wait_f, wait_b) = _durations(work)
+    again = work.further or work.weights
+    forwards: list[list[float]] = [[] for _ in range(stages)]
+    backwards: list[list[float]] = [[] for _ in range(stages)]
+    steps: list[Step] = []
+    for s in range(stages):
+        forward, whole, inputs, weights = took[4 * s : 4 * s + 4]
+        free = [0.0]
+        before = forwards[s - 1] if s else None
+        after = backwards[s + 1] if s < stages - 1 else None
+        steps += (
+            (before, forwards[s], wait_f[s], [0.0], forward, forward),
+            (after, backwards[s], wait_b[s], free, whole, whole),
+            (after, backwards[s], wait_b[s], free, inputs, inputs),
+            (None, [], None, [], weights, again[s]),
+        )
+    return steps
 
 
 def seconds(work: Work, codes: Sequence[Codes]) -> float:
@@ -175,7 +172,7 @@ def last_backwards(
 ) -> list[tuple[float, float]]:
     """Returns when the last backward of every stage begins and ends, or the part of it that
     computes the gradients of the weights, if it is in two parts."""
-    durations, *_ = _durations(work)
+    durations, _ = _durations(work)
     spans = [(0.0, 0.0)] * len(work.forward)
     for own, ended in zip(codes, ends, strict=True):
         for code, end in zip(own, ended, strict=True):
@@ -185,60 +182,8 @@ def last_backwards(
 
 
 @lru_cache(maxsize=1)
-def _durations(work: Work) -> tuple[list[float], list[float], tuple[Waits, Waits]]:
-    """Returns the seconds of every action, by its code, the same where it follows one of its code,
-    and what each stage waits for; they are the same for thousands of orders."""
-    parts = (work.forward, work.whole, work.inputs)
-    alone, joined = (
-        list(chain.from_iterable(zip(*parts, weights, strict=True)))
-        for weights in (work.weights, work.further or work.weights)
-    )
-    return alone, joined, work.waits
-
-
-class _Play:
-    """Plays the orders of all groups of a pipeline, and keeps when each of their actions ends."""
-
-    def __init__(self, work: Work, codes: Sequence[Codes]) -> None:
-        stages = len(work.forward)
-        self.codes = codes
-        self.ends: list[list[float]] = [[] for _ in codes]
-        self.last = stages - 1
-        self.took, self.joined, (self.wait_f, self.wait_b) = _durations(work)
-        self.forwards: list[list[float]] = [[] for _ in range(stages)]
-        self.backwards: list[list[float]] = [[] for _ in range(stages)]
-        self.free_f, self.free_b = [0.0] * stages, [0.0] * stages
-
-    def advance(self, group: int) -> bool:
-        """Plays a group until it has to wait for another; returns True if it advanced."""
-        own, ends = self.codes[group], self.ends[group]
-        began = k = len(ends)
-        now = ends[-1] if ends else 0.0
-        while k < len(own):
-            code = own[k]
-            kind, s = code & 3, code >> 2
-            if kind == F:
-                done, made = self.forwards[s], self.forwards[s - 1] if s else None
-                wait, free = self.wait_f[s], self.free_f
-            elif kind == W:
-                done, made, wait, free = None, None, None, self.free_b
-            else:
-                done, made = self.backwards[s], self.backwards[s + 1] if s < self.last else None
-                wait, free = self.wait_b[s], self.free_b
-            if made is not None:
-                assert done is not None
-                m = len(done)
-                if m >= len(made):
-                    break
-                ready = made[m]
-                if wait is not None:
-                    posted = ends[k - RECEIVES_AHEAD - 1] if k > RECEIVES_AHEAD else 0.0
-                    ready = max(ready, posted, free[s]) + wait
-                    free[s] = ready
-                now = max(now, ready)
-            now += self.joined[code] if k and own[k - 1] == code else self.took[code]
-            ends.append(now)
-            if done is not None:
-                done.append(now)
-            k += 1
-        return k > began
+def _durations(work: Work) -> tuple[list[float], tuple[Waits, Waits]]:
+    """Returns the seconds of every action, by its code, and what each stage waits for; they are the
+    same for thousands of orders."""
+    each = zip(work.forward, work.whole, work.inputs, work.weights, strict=True)
+    return list(chain.from_iterable(each)), work.waits

@@ -147,13 +147,14 @@ def assign_faithfully(
         before, best = best, np.full_like(best, np.inf)
         end = layers - (stages - 1 - stage)  # later stages need a layer each
         for cut in range(stage - 1, end - 1):
-            last = index[cut + 1, cut + 1 : end]
+            first = cut + 1 if stage < stages - 1 else layers - 1  # the whole chain, in the end
+            last = index[cut + 1, first:end]
             value = before[cut][np.maximum(last[:, None], columns)] + excess[last]
             value += cuts[cut, stage - 1]
-            rows = best[cut + 1 : end]
+            rows = best[first:end]
             better = value < rows
             np.copyto(rows, value - cuts[cut, stage - 1], where=better)
-            np.copyto(chosen[stage, cut + 1 : end], cut, where=better)
+            np.copyto(chosen[stage, first:end], cut, where=better)
     return _sizes(chosen, index)
 
 

@@ -63,17 +63,22 @@ def crowded_seconds(messages: Sequence[Crossing]) -> list[float]:
     """
     shares: dict[Resource, float] = {}
     for each in messages:
+        period = each.period
         for resource, seconds in each.occupied:
-            shares[resource] = shares.get(resource, 0.0) + seconds / each.period
+            shares[resource] = shares.get(resource, 0.0) + seconds / period
     most = max(1.0, max(shares.values(), default=0.0))
 
     def crowded(each: Crossing) -> float:
         alone = stretched = 0.0
+        period = each.period
         for resource, seconds in each.occupied:
-            others = max(shares[resource] - seconds / each.period, 0.0)
-            alone = max(alone, seconds)
-            stretched = max(stretched, seconds * (1.0 + others / most))
-        return each.latency + min(stretched, max(alone, each.period - each.latency))
+            others = shares[resource] - seconds / period
+            if seconds > alone:
+                alone = seconds
+            longer = seconds * (1.0 + others / most) if others > 0.0 else seconds
+            if longer > stretched:
+                stretched = longer
+        return each.latency + min(stretched, max(alone, period - each.latency))
 
     return [crowded(each) for each in messages]
 
@@ -86,9 +91,14 @@ def boundary_prices(
     Of very many transfers the first ones are added up: nodes are alike. What all share, the sites'
     uplinks, is scaled to all of them.
     """
-    even = len(set(here.rows)) == len(set(there.rows)) == 1
-    key = (here.groups, there.groups) if even else (here, there)
-    return remembered(costs, ("crossings", *key), lambda: _boundary_prices(costs, here, there))
+
+    def priced() -> tuple[BoundaryPrice, BoundaryPrice]:
+        if not len(set(here.rows)) == len(set(there.rows)) == 1:
+            return _boundary_prices(costs, here, there)
+        key = ("even crossings", here.groups, there.groups)
+        return remembered(costs, key, lambda: _boundary_prices(costs, here, there))
+
+    return remembered(costs, ("crossings", here, there), priced)
 
 
 @dataclass(slots=True)

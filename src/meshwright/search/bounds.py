@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, pairwise
 
 from meshwright.cost.collective import uncontended_seconds
@@ -77,13 +78,18 @@ def pipeline_bound(costs: Costs, pipeline: CandidatePipeline, schedule: Schedule
 
 def after_pipelines(costs: Costs, pipelines: Sequence[CandidatePipeline]) -> float:
     """Returns the seconds of a step after the last pipeline: norm, slowest optimizer, overhead."""
-    used = [name for pipeline in pipelines for name in pipeline.devices]
-    norm = 0.0
-    if len(used) <= NORM_RANKS:
-        world = tuple(sorted(used, key=costs.links.order.__getitem__))
-        norm = uncontended_seconds(costs.links, scaled(ring(costs, world), REDUCE_NORM_BYTES))
+    key = ("norm", *(pipeline.stages for pipeline in pipelines))
+    norm = remembered(costs, key, lambda: _norm(costs, pipelines))
     overhead = costs.profile.step_overhead_seconds if costs.profile else 0.0
     return norm + slowest_optimizer(costs, pipelines) + overhead
+
+
+def _norm(costs: Costs, pipelines: Sequence[CandidatePipeline]) -> float:
+    used = [name for pipeline in pipelines for name in pipeline.devices]
+    if len(used) > NORM_RANKS:
+        return 0.0
+    world = tuple(sorted(used, key=costs.links.order.__getitem__))
+    return uncontended_seconds(costs.links, scaled(ring(costs, world), REDUCE_NORM_BYTES))
 
 
 def slowest_optimizer(costs: Costs, pipelines: Sequence[CandidatePipeline]) -> float:
@@ -94,10 +100,15 @@ def slowest_optimizer(costs: Costs, pipelines: Sequence[CandidatePipeline]) -> f
 def _optimizers(costs: Costs, pipelines: Sequence[CandidatePipeline]) -> Iterator[float]:
     for pipeline in pipelines:
         for stage, layers in zip(pipeline.stages, pairwise(pipeline.bounds), strict=True):
-            tensor = len(stage.groups[0])
-            groups = distinct_groups(costs, stage.groups)
-            for kind in {costs.devices[name].type for group in groups for name in group}:
-                yield optimizer_of(costs, kind, layers, tensor)
+            key = ("slowest optimizer", stage, layers)
+            yield remembered(costs, key, partial(_slowest_of_stage, costs, stage, layers))
+
+
+def _slowest_of_stage(costs: Costs, stage: StageDevices, layers: tuple[int, int]) -> float:
+    tensor = len(stage.groups[0])
+    groups = distinct_groups(costs, stage.groups)
+    kinds = {costs.devices[name].type for group in groups for name in group}
+    return max(optimizer_of(costs, kind, layers, tensor) for kind in kinds)
 
 
 def optimizer_of(costs: Costs, kind: str, layers: tuple[int, int], tensor: int) -> float:

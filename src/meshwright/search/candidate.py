@@ -7,7 +7,7 @@ micro-batches."""
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
 from meshwright.model.spec import structure_fingerprint
@@ -25,21 +25,36 @@ from meshwright.search.costs import (
 
 @dataclass(frozen=True, slots=True)
 class StageDevices:
-    """Describes the devices of one stage."""
+    """Describes the devices of one stage; it knows its hash, for a search looks it up in tables
+    again and again."""
 
     groups: tuple[TensorGroup, ...]
     rows: tuple[int, ...]
     """Rows of every micro-batch that each tensor group works on."""
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.groups, self.rows)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 @dataclass(frozen=True, slots=True)
 class CandidatePipeline:
-    """Describes one pipeline of a strategy."""
+    """Describes one pipeline of a strategy; it knows its hash, as its stages do."""
 
     stages: tuple[StageDevices, ...]
     bounds: tuple[int, ...]
     """S + 1 layer indices."""
     micro_batches: int
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.stages, self.bounds, self.micro_batches)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @property
     def devices(self) -> list[str]:
@@ -208,7 +223,14 @@ def tensor_widths(pipelines: Sequence[CandidatePipeline]) -> dict[int, set[int]]
 def tensor_widths_agree(costs: Costs, pipelines: Sequence[CandidatePipeline]) -> bool:
     """True if the tensor widths of all holders of a layer, and of what it shares, divide the widest
     of them, and that one the layer: a narrow replica holds whole shares of the wide ones."""
-    held, layers = tensor_widths(pipelines), costs.model.layers
+    layers = costs.model.layers
+    widths = {len(stage.groups[0]) for pipeline in pipelines for stage in pipeline.stages}
+    if len(widths) == 1:
+        (width,) = widths
+        key = ("divided by", width)
+        every = (layer.along("tensor").units % width == 0 for layer in layers)
+        return remembered(costs, key, lambda: all(every))
+    held = tensor_widths(pipelines)
     if any(layers[layer].along("tensor").units % max(own) for layer, own in held.items()):
         return False
     tied = [set[int]().union(*(held[layer] for layer in each.layers)) for each in costs.model.tied]

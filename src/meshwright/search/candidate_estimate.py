@@ -4,6 +4,7 @@ among their stages, and of what comes after."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 from meshwright.cluster.topology import Resource
@@ -73,8 +74,9 @@ def all_pipeline_prices(
 
 def _stage_prices(costs: Costs, pipeline: CandidatePipeline) -> PipelinePrices:
     """Prices a micro-batch on every stage; what it takes between them is left open."""
+    depth = len(pipeline.stages)
     found = [
-        _stage_price(costs, stage, layers, repeats=must_recompute(costs, pipeline, s, "1f1b"))
+        _stage_price(costs, pipeline, s, (stage, layers, min(depth - s, pipeline.micro_batches)))
         for s, (stage, layers) in enumerate(
             zip(pipeline.stages, pairwise(pipeline.bounds), strict=True)
         )
@@ -83,18 +85,31 @@ def _stage_prices(costs: Costs, pipeline: CandidatePipeline) -> PipelinePrices:
     return PipelinePrices(forward, backward, inputs, weights, held, [], [], 0.0)
 
 
+StagePrice = tuple[float, float, float, float, int]
+"""It holds the seconds of a forward, of a backward and of its two parts, and the micro-batches
+held."""
+
+
 def _stage_price(
-    costs: Costs, stage: StageDevices, layers: tuple[int, int], *, repeats: bool
-) -> tuple[float, float, float, float, int]:
-    """Returns the seconds of a forward, of a backward and of its two parts, and the micro-batches
-    held."""
-    key = ("stage price", stage, layers, repeats)
-    return remembered(costs, key, lambda: _priced_stage(costs, stage, layers, repeats=repeats))
+    costs: Costs,
+    pipeline: CandidatePipeline,
+    s: int,
+    facts: tuple[StageDevices, tuple[int, int], int],
+) -> StagePrice:
+    """Returns the price of a stage, given all that it depends on: its devices, its layers and the
+    micro-batches that 1F1B would have it hold."""
+
+    def priced() -> StagePrice:
+        repeats = must_recompute(costs, pipeline, s, "1f1b")
+        key = ("priced stage", *facts[:2], repeats)
+        return remembered(costs, key, lambda: _priced_stage(costs, *facts[:2], repeats=repeats))
+
+    return remembered(costs, ("stage price", *facts), priced)
 
 
 def _priced_stage(
     costs: Costs, stage: StageDevices, layers: tuple[int, int], *, repeats: bool
-) -> tuple[float, float, float, float, int]:
+) -> StagePrice:
     a, b = layers
     replicas = distinct_replicas(costs, stage.groups, stage.rows)
     whole = [group_prefix(costs, group, rows) for group, rows in replicas]
@@ -122,17 +137,28 @@ def _messages(
     period = mean_period(slowest, len(prices.forward), pipeline.micro_batches)
     found = []
     for (here, there), cut in zip(pairwise(pipeline.stages), pipeline.bounds[1:-1], strict=True):
-        ahead, back = boundary_prices(costs, here, there)
-        found.append(
-            (
-                _message(ahead, float(costs.table.cut[cut]) * pipeline.rows, period),
-                _message(back, float(costs.table.cut_gradient[cut]) * pipeline.rows, period),
-            )
-        )
+        key = ("messages", here, there, cut)
+        ahead, back = remembered(costs, key, partial(_both_ways, costs, here, there, cut))
+        found.append((Crossing(*ahead, period), Crossing(*back, period)))
     return found
 
 
-def _message(way: BoundaryPrice, size: float, period: float) -> Crossing:
+Message = tuple[float, Sequence[tuple[Resource, float]]]
+"""The seconds in which no byte of it moves, and those on every resource if nothing else uses it."""
+
+
+def _both_ways(
+    costs: Costs, here: StageDevices, there: StageDevices, cut: int
+) -> tuple[Message, Message]:
+    ahead, back = boundary_prices(costs, here, there)
+    rows = sum(here.rows)
+    return (
+        _message(ahead, float(costs.table.cut[cut]) * rows),
+        _message(back, float(costs.table.cut_gradient[cut]) * rows),
+    )
+
+
+def _message(way: BoundaryPrice, size: float) -> Message:
     if not size:
-        return Crossing(0.0, (), period)
-    return Crossing(way.latency, [(name, each * size) for name, each in way.occupied], period)
+        return 0.0, ()
+    return way.latency, [(name, each * size) for name, each in way.occupied]

@@ -1,7 +1,7 @@
 """Finds a plain plan for a very large cluster in a moment, for users who stop the search early.
 
-The plan has one pipeline on one kind of node, with as few stages as hold the model, and every
-replica has one row of a micro-batch. A search would not keep it, but it fits.
+The plan has one pipeline on one kind of node, with as few stages as hold the model, and few
+micro-batches, so that it takes a moment to simulate. A search would not keep it, but it fits.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ from meshwright.stopping import raise_if_stopped
 DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Numbers of stages that are tried."""
 
+ROUNDS = 4
+"""Micro-batches for each stage, at least: more of them take longer to simulate, fewer leave the
+stages idle."""
+
 MOST_WORK = 40_000
 """Micro-batches of ranks beyond which the strategy would take too long to play."""
 
@@ -48,7 +52,7 @@ def plain_plan(incumbent: Incumbent) -> Evaluated | None:
 
 def _fitting(costs: Costs) -> Iterator[Strategy]:
     """Yields plain strategies that fit: on the kind of nodes that has the most speed together, in
-    the narrowest tensor groups, of the fewest stages first."""
+    the narrowest tensor groups, of the fewest stages, in the largest micro-batches first."""
     every = device_classes(costs)
     speed = speeds(costs, {device_class.kind for device_class in every})
     order = sorted(
@@ -63,10 +67,19 @@ def _fitting(costs: Costs) -> Iterator[Strategy]:
                     break
                 template = PipelineTemplate((run,), run.width)
                 stages = written(every, template, {})
-                count = costs.job.global_batch // run.width
-                fitted = fit_pipeline(costs, stages, run.width, count, "1f1b")
-                if fitted is not None:
-                    yield "1f1b", (fitted.pipeline,)
+                for count in _counts(costs.job.global_batch // run.width, depth):
+                    rows = costs.job.global_batch // count
+                    fitted = fit_pipeline(costs, stages, rows, count, "1f1b")
+                    if fitted is not None:
+                        yield "1f1b", (fitted.pipeline,)
+
+
+def _counts(most: int, depth: int) -> list[int]:
+    """Returns how many micro-batches to try: ever twice as many, up to one row for each replica."""
+    counts = [most]
+    while counts[-1] % 2 == 0 and counts[-1] >= 2 * ROUNDS * depth:
+        counts.append(counts[-1] // 2)
+    return counts[::-1]
 
 
 def _widest(

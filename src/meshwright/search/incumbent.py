@@ -35,8 +35,9 @@ WORK = 16_000
 regular grids: the normal end of a search, the same on every machine."""
 
 
-STEPS_KEPT = 12
-"""Simulated steps that are kept, to say where their seconds go."""
+STEPS_KEPT, SHORT = 12, 5_000
+"""Simulated steps that are kept, to say where their seconds go, beside those with fewer
+instructions."""
 
 MOMENT_SECONDS = 1.5
 """How long a search that was told to stop may go on until it has a first plan."""
@@ -140,7 +141,11 @@ def simulate_and_record(incumbent: Incumbent, plan: Plan, name: str) -> Evaluate
     step = simulated(costs, plan)
     evaluated = Evaluated(name, plan, step.step_seconds)
     insort(incumbent.steps, (evaluated, step), key=lambda pair: pair[0].seconds)
-    del incumbent.steps[STEPS_KEPT:]
+    incumbent.steps = [
+        kept
+        for n, kept in enumerate(incumbent.steps)
+        if n < STEPS_KEPT or len(kept[1].executed) < SHORT
+    ]
     if incumbent.best is None or evaluated.seconds < incumbent.best.seconds:
         incumbent.best = evaluated
         incumbent.found(evaluated.seconds)
@@ -235,6 +240,6 @@ def parts_in(incumbent: Incumbent, evaluated: Evaluated) -> dict[str, float]:
         step = step_of(incumbent, evaluated) or simulated(incumbent.costs, evaluated.plan)
         noise = 1e-12 * step.step_seconds
         incumbent.parts[id(evaluated)] = {
-            part: s if s > noise else 0.0 for part, s in parts_of(step.timeline()).items()
+            part: s if s > noise else 0.0 for part, s in parts_of(step).items()
         }
     return incumbent.parts[id(evaluated)]

@@ -112,15 +112,16 @@ def _shortest(loads: Loads, cuts: Array, bottleneck: float) -> tuple[tuple[int, 
     allowed = {id(own): np.where(own <= bottleneck, own, np.inf) for own in distinct(loads)}
     cost = np.full(size, np.inf)
     cost[0] = 0.0
-    choice = np.zeros((len(loads), size), dtype=np.intp)
+    starts = []
     for s, own in enumerate(loads):
-        start = cost + cuts[s - 1] if s else cost
-        total = start[:, None] + allowed[id(own)]
-        choice[s] = total.argmin(axis=0)
-        cost = total[choice[s], np.arange(size)]
-    bounds = _trace(choice)
+        starts.append(cost + cuts[s - 1] if s else cost)
+        cost = np.minimum.reduce(starts[s][:, None] + allowed[id(own)], axis=0)
+    bounds = [size - 1]
+    for start, own in zip(reversed(starts), reversed(loads), strict=True):
+        bounds.append(int((start + allowed[id(own)][:, bounds[-1]]).argmin()))
+    bounds.reverse()
     slowest = max(float(own[a, b]) for own, (a, b) in zip(loads, pairwise(bounds), strict=True))
-    return bounds, float(cost[-1]), slowest
+    return tuple(bounds), float(cost[-1]), slowest
 
 
 def distinct(loads: Loads) -> list[Array]:
@@ -286,7 +287,7 @@ def least_bottleneck(loads: Loads) -> float | None:
     high = _bottleneck_within(rows, _MOST)
     if high is None:
         return None
-    low = max(float(np.diagonal(table, 1).min()) for table in distinct(loads))
+    low = max(float(np.minimum.reduce(table.diagonal(1))) for table in distinct(loads))
     while high > low * (1 + PRECISE):
         middle = 0.5 * (low + high)
         found = _bottleneck_within(rows, middle)

@@ -25,11 +25,12 @@ from meshwright.program.actions import (
 )
 from meshwright.program.instructions import Program, micro_batches_of
 from meshwright.program.operations import Op
-from meshwright.program.work import Codes, Work, last_backwards, play
+from meshwright.program.work import Work
 from meshwright.search.boundary_prices import Crossing, crowded_seconds, mean_period
 from meshwright.search.bounds import after_pipelines
 from meshwright.search.candidate import candidate_of
 from meshwright.search.costs import Costs
+from meshwright.search.pipeline_seconds import Span
 from meshwright.search.reduction_estimate import alone_after, reduced
 from meshwright.simulate.symmetry import find_symmetry, priced_for_all
 
@@ -41,22 +42,18 @@ THERE_AND_BACK = (Op.FORWARD, Op.BACKWARD)
 WORKS = (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
 
 
-Clock = Callable[[Sequence[Sequence[Codes]]], tuple[float, float]]
-"""Returns the seconds of a plan's step with an order for each of its pipelines, and the part of
-them in which gradients are still summed though all backwards are done."""
+Clock = Callable[[Sequence[list[Span]]], tuple[float, float]]
+"""Returns the seconds of a plan's step, given the last backward of every stage in each of its
+pipelines, and the part of them in which gradients are still summed though all backwards are
+done."""
 
 
-def quick_clock(costs: Costs, plan: Plan, works: Sequence[Work]) -> Clock:
+def quick_clock(costs: Costs, plan: Plan) -> Clock:
     """Returns a clock for the orders of one plan."""
     pipelines = [candidate_of(pipeline) for pipeline in plan.pipelines]
     after = after_pipelines(costs, pipelines)
 
-    def clock(orders: Sequence[Sequence[Codes]]) -> tuple[float, float]:
-        spans = []
-        for work, codes in zip(works, orders, strict=True):
-            ends = play(work, codes)
-            assert ends is not None, "the order comes to its end"
-            spans.append(last_backwards(work, codes, ends))
+    def clock(spans: Sequence[list[Span]]) -> tuple[float, float]:
         end = max(last for span in spans for _, last in span)
         summed = reduced(costs, pipelines, spans)
         return summed + after, summed - end

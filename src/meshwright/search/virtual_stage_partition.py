@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -15,9 +16,8 @@ from numpy.typing import NDArray
 
 from meshwright.plan.ranks import StageLayout
 from meshwright.plan.spec import ScheduleName
-from meshwright.program.actions import Order
-from meshwright.program.operations import Op
-from meshwright.program.schedules import schedule_orders
+from meshwright.program.codes import Codes, F, I
+from meshwright.program.schedules import schedule_codes
 from meshwright.search.candidate import CandidatePipeline, StageDevices
 from meshwright.search.costs import (
     Array,
@@ -113,10 +113,7 @@ def _tables(
     for k, (one, other) in enumerate(pairwise(places)):
         if one != other:
             cuts[k] = cut_seconds(costs, pipeline.stages[one], pipeline.stages[other])
-    moments = [
-        _moments(order, stages)
-        for order in schedule_orders(schedule, layout, pipeline.micro_batches)
-    ]
+    moments = _moments(schedule, layout, pipeline.micro_batches)
     return _CutTables(
         member=np.equal.outer(places, np.arange(len(layout))).astype(np.float64),
         loads=loads,
@@ -129,17 +126,27 @@ def _tables(
     )
 
 
-def _moments(order: Order, stages: int) -> NDArray[np.intp]:
+@lru_cache(maxsize=64)
+def _moments(
+    schedule: ScheduleName, layout: StageLayout, micro_batches: int
+) -> list[NDArray[np.intp]]:
+    """Returns the moments [H, K] of every group."""
+    stages = sum(map(len, layout))
+    return [_of_group(own, stages) for own in schedule_codes(schedule, layout, micro_batches)]
+
+
+def _of_group(own: Codes, stages: int) -> NDArray[np.intp]:
     """Returns [H, K]: how many micro-batches of each stage are in flight when a backward is due. A
     moment is left out if every stage holds at least as many at another one."""
     now = [0] * stages
     found: dict[tuple[int, ...], None] = {}
-    for op, stage, first, last in order:
-        if op is Op.FORWARD:
-            now[stage] += last - first
+    for code in own:
+        kind, stage = code & 3, code >> 2
+        if kind == F:
+            now[stage] += 1
         else:
             found[tuple(now)] = None
-            now[stage] -= (last - first) * (op is not Op.BACKWARD_INPUT)
+            now[stage] -= kind != I
     every = np.array([*found], dtype=np.intp)
     covered = (every[:, None] <= every[None]).all(axis=2).sum(axis=1) > 1
     kept: NDArray[np.intp] = every[~covered]
@@ -184,6 +191,7 @@ def _proportional(tables: _CutTables) -> NDArray[np.intp]:
     return np.array([*found, size - 1], dtype=np.intp)
 
 
+@lru_cache(maxsize=64)
 def _shifts(size: int) -> NDArray[np.intp]:
     """Returns every run of inner cuts, one layer to the left or to the right: what is between two
     of them moves along, so that any two stages can exchange a layer."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from meshwright.program.instructions import Instruction
 from meshwright.program.operations import Op, completing
 from meshwright.program.timeline import Interval, Timeline
 from meshwright.records import record
+from meshwright.simulate.simulated_step import Executed, SimulatedStep
 
 PARTS = ("compute", "bubble", "transfers", "reductions", "optimizer", "overhead")
 """The kinds of time in a step."""
@@ -35,170 +37,225 @@ class PathSegment:
     end_seconds: float
 
 
-class OrderedIntervals:
-    """Holds intervals whose ends do not decrease, such as those of one rank or channel in order.
+class InOrder:
+    """Holds what was carried out, such as by one rank or channel, with ends that do not decrease as
+    a rule.
 
-    It finds the latest one before a moment by bisection.
+    It finds what ended last before a moment by bisection.
     """
 
-    def __init__(self) -> None:
-        self.intervals: list[Interval] = []
-        self.ends: list[float] = []
-        self.in_order = True
+    def __init__(self, every: Sequence[Executed]) -> None:
+        self.every = every
+        self.ends = [ended for _, _, _, ended in every]
+        self.in_order = self.ends == sorted(self.ends)
 
-    def append(self, interval: Interval) -> None:
-        """Adds an interval."""
-        self.in_order &= not self.ends or self.ends[-1] <= interval.end_seconds
-        self.intervals.append(interval)
-        self.ends.append(interval.end_seconds)
-
-    def latest(self, before: float, tolerance: float) -> list[Interval]:
-        """Returns the intervals that end last, at or before a moment."""
+    def latest(self, before: float, tolerance: float) -> Sequence[Executed]:
+        """Returns what ended last, at or before a moment."""
         if not self.in_order:  # a measured step may have any order
-            return latest(self.intervals, before, tolerance)
+            return latest(self.every, before, tolerance)
         last = bisect_right(self.ends, before + tolerance)
         if not last:
             return []
         first = bisect_left(self.ends, self.ends[last - 1] - tolerance, 0, last)
-        return self.intervals[first:last]
+        return self.every[first:last]
 
 
-def latest(intervals: Iterable[Interval], before: float, tolerance: float) -> list[Interval]:
-    """Returns the intervals that end last, at or before a moment."""
-    ended = [i for i in intervals if i.end_seconds <= before + tolerance]
-    end = max((i.end_seconds for i in ended), default=0.0)
-    return [i for i in ended if i.end_seconds >= end - tolerance]
+def latest(every: Iterable[Executed], before: float, tolerance: float) -> list[Executed]:
+    """Returns what ended last, at or before a moment."""
+    ended = [e for e in every if e[3] <= before + tolerance]
+    end = max((e[3] for e in ended), default=0.0)
+    return [e for e in ended if e[3] >= end - tolerance]
+
+
+@dataclass(slots=True)
+class _Done:
+    """Holds what a rank did besides reductions."""
+
+    computed: list[Executed] = field(default_factory=list)
+    received: list[Executed] = field(default_factory=list)
+    norm: list[Executed] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _LookedUp:
+    """Holds what a rank computed and received, by what one looks it up."""
+
+    makers: dict[tuple[int, int | None], list[Executed]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    """What was computed, by stage and micro-batch."""
+    reads: dict[tuple[Op, int, int | None], list[Executed]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    """What was received, by operation, stage and micro-batch."""
+    channels: dict[tuple[Op, int | None], InOrder] = field(default_factory=dict)
+    """The same by operation and the rank that sends."""
 
 
 class _CriticalPath:
-    """Indexes the intervals of a timeline for a walk back along its critical path."""
+    """Indexes a step for a walk back along its critical path, each rank when the walk comes to
+    it."""
 
-    def __init__(self, timeline: Timeline) -> None:
-        self.tolerance = 1e-9 * timeline.step_seconds
-        self.compute: dict[int, OrderedIntervals] = defaultdict(OrderedIntervals)
-        self.makers: dict[tuple[int, int, int | None], list[Interval]] = defaultdict(list)
-        self.reads: dict[tuple[Op, int, int, int | None], list[Interval]] = defaultdict(list)
-        self.channels: dict[tuple[Op, int, int | None], OrderedIntervals] = defaultdict(
-            OrderedIntervals
-        )
-        self.reductions: list[Interval] = []
-        self.norms: dict[int, Interval] = {}
-        for i in timeline.intervals:
-            if i.stream == "compute":
-                self.compute[i.rank].append(i)
-                self.makers[i.rank, i.stage, i.micro_batch].append(i)
-            elif i.stream == "receive":
-                self.reads[i.op, i.rank, i.stage, i.micro_batch].append(i)
-                self.channels[i.op, i.rank, i.peer].append(i)
-            elif i.op.of_gradients:
-                self.reductions.append(i)
-            elif i.op.awaits == "all":
-                self.norms[i.rank] = i
+    def __init__(self, step: Timeline | SimulatedStep) -> None:
+        self.tolerance = 1e-9 * step.step_seconds
+        self.does, self.every = _as_executed(step)
+        self.ranks: dict[int, _Done] = defaultdict(_Done)
+        self.reductions: list[Executed] = []
+        for each in self.every:
+            op = self.does[each[0]][each[1]].op
+            if op.stream == "compute":
+                self.ranks[each[0]].computed.append(each)
+            elif op.stream == "receive":
+                self.ranks[each[0]].received.append(each)
+            elif op.of_gradients:
+                self.reductions.append(each)
+            elif op.awaits == "all":
+                self.ranks[each[0]].norm = [each]
+        self.compute = {
+            rank: InOrder(own.computed) for rank, own in sorted(self.ranks.items()) if own.computed
+        }
+        self.known: dict[int, _LookedUp] = {}
 
-    def latest(self, intervals: Iterable[Interval], before: float) -> list[Interval]:
-        """Returns the intervals that end last, at or before a moment."""
-        return latest(intervals, before, self.tolerance)
+    def indexed(self, rank: int) -> _LookedUp:
+        """Returns the index of a rank."""
+        if rank in self.known:
+            return self.known[rank]
+        index = self.known[rank] = _LookedUp()
+        for each in self.ranks[rank].computed:
+            i = self.does[rank][each[1]]
+            index.makers[i.stage, i.micro_batch].append(each)
+        channels: dict[tuple[Op, int | None], list[Executed]] = defaultdict(list)
+        for each in self.ranks[rank].received:
+            i = self.does[rank][each[1]]
+            index.reads[i.op, i.stage, i.micro_batch].append(each)
+            channels[i.op, i.peer].append(each)
+        index.channels = {key: InOrder(own) for key, own in channels.items()}
+        return index
 
-    def computed(self, rank: int, before: float) -> list[Interval]:
+    def latest(self, every: Iterable[Executed], before: float) -> list[Executed]:
+        """Returns what ended last, at or before a moment."""
+        return latest(every, before, self.tolerance)
+
+    def computed(self, rank: int, before: float) -> Sequence[Executed]:
         """Returns what a rank computed last before a moment."""
-        return self.compute[rank].latest(before, self.tolerance)
+        own = self.compute.get(rank)
+        return own.latest(before, self.tolerance) if own else ()
 
-    def gates(self, i: Interval) -> list[Interval]:
-        """Returns the intervals that may have kept this one from beginning earlier; of those with
-        equal ends, the likelier comes first."""
-        before = i.start_seconds
-        own = self.computed(i.rank, before)
+    def gates(self, rank: int, i: Instruction | Interval, before: float) -> list[Executed]:
+        """Returns what may have kept something from beginning before a moment; of those with equal
+        ends, the likelier comes first."""
+        own = self.computed(rank, before)
         if i.op.awaits == "all":
             reductions = self.latest(self.reductions, before)
-            reductions.sort(key=lambda r: -self.end_of_compute(r.rank, before))
+            reductions.sort(key=lambda r: -self.end_of_compute(r[0], before))
             return [*own, *self.everyones(before), *reductions]
         if i.op.awaits == "own":
-            sums = [r for r in self.reductions if r.rank == i.rank]
-            ends = ([self.norms[i.rank]], sums)
+            sums = [r for r in self.reductions if r[0] == rank]
+            ends = (self.ranks[rank].norm, sums)
             return [*own, *(gate for group in ends for gate in self.latest(group, before))]
-        if i.stream == "compute":
+        if i.op.stream == "compute":
             read = i.op.reads
-            kinds = (read, *completing(read)) if read else ()
-            reads = [r for op in kinds for r in self.reads[op, i.rank, i.stage, i.micro_batch]]
-            return [*own, *self.latest(reads, before)]
+            return [*own, *self.read((read, *completing(read)) if read else (), rank, i, before)]
         if i.op.blocks and i.op.reads:
-            parts = self.reads[i.op.reads, i.rank, i.stage, i.micro_batch]
-            return [*own, *self.latest(parts, before)]
+            return [*own, *self.read((i.op.reads,), rank, i, before)]
         if i.op.kind == "collective":
             # It may wait for an earlier reduction for which another rank was late.
             return [*own, *self.everyones(before)]
         if i.peer is None:
-            return own
-        source, target = (i.peer, i.rank) if i.stream == "receive" else (i.rank, i.peer)
-        made = self.makers[source, _maker(i), i.micro_batch]
+            return list(own)
+        source, target = (i.peer, rank) if i.op.stream == "receive" else (rank, i.peer)
+        made = self.indexed(source).makers.get((_maker(i), i.micro_batch), ())
+        channel = self.indexed(rank).channels.get((i.op, i.peer))
+        does = self.does[source]
         return [
-            *self.latest((c for c in made if c.op in _MAKES[i.op]), before),
-            *self.channels[i.op, i.rank, i.peer].latest(before, self.tolerance),
+            *self.latest((c for c in made if does[c[1]].op in _MAKES[i.op]), before),
+            *(channel.latest(before, self.tolerance) if channel else ()),
             *self.computed(target, before),
         ]
 
-    def everyones(self, before: float) -> list[Interval]:
-        """Returns the compute intervals that ended last before a moment, on whichever ranks."""
-        last = [c for rank in sorted(self.compute) for c in self.computed(rank, before)]
-        return self.latest(last, before)
+    def read(
+        self, kinds: Iterable[Op], rank: int, i: Instruction | Interval, before: float
+    ) -> list[Executed]:
+        """Returns what came last, before a moment, of the receives that an instruction reads."""
+        reads = self.indexed(rank).reads
+        found = (each for op in kinds for each in reads.get((op, i.stage, i.micro_batch), ()))
+        return self.latest(found, before)
+
+    def everyones(self, before: float) -> list[Executed]:
+        """Returns what was computed last before a moment, on whichever ranks."""
+        return self.latest(
+            (c for rank in self.compute for c in self.computed(rank, before)), before
+        )
 
     def end_of_compute(self, rank: int, before: float) -> float:
         """Returns the end of a rank's last compute before a moment."""
-        return max((c.end_seconds for c in self.computed(rank, before)), default=0.0)
+        return max((ended for _, _, _, ended in self.computed(rank, before)), default=0.0)
 
 
-def _maker(i: Interval) -> int:
+def _as_executed(
+    step: Timeline | SimulatedStep,
+) -> tuple[Mapping[int, Sequence[Instruction | Interval]], Sequence[Executed]]:
+    """Returns what every rank did, and when, in the order of a timeline."""
+    if isinstance(step, SimulatedStep):
+        return dict(enumerate(step.program.ranks)), step.in_order()
+    does: dict[int, list[Interval]] = defaultdict(list)
+    every = []
+    for i in step.intervals:
+        every.append((i.rank, len(does[i.rank]), i.start_seconds, i.end_seconds))
+        does[i.rank].append(i)
+    return does, every
+
+
+def _maker(i: Instruction | Interval) -> int:
     """Returns the stage that produces what a message carries."""
-    if i.stream == "send":
+    if i.op.stream == "send":
         return i.stage
     return i.stage - 1 if i.op is Op.RECV_F else i.stage + 1
 
 
-def critical_path(timeline: Timeline) -> tuple[PathSegment, ...]:
-    """Returns the chain of intervals that ends last, each waiting for the one before; it covers the
-    step.
+def critical_path(step: Timeline | SimulatedStep) -> tuple[PathSegment, ...]:
+    """Returns the chain of instructions that ends last, each waiting for the one before; it covers
+    the step.
 
-    A reduction counts from the end of the compute that hides it. Time between the intervals, and
+    A reduction counts from the end of the compute that hides it. Time between the instructions, and
     outside all of them, is `overhead`.
     """
-    walk = _CriticalPath(timeline)
+    return _segments(_CriticalPath(step), step.step_seconds)
+
+
+def _segments(walk: _CriticalPath, step_seconds: float) -> tuple[PathSegment, ...]:
     segments: list[PathSegment] = []
-    now, seen = timeline.step_seconds, set[int]()
-    gates = walk.latest(timeline.intervals, now)
+    now, seen = step_seconds, set[tuple[int, int]]()
+    gates = walk.latest(walk.every, now)
     while gates:
-        current = _likeliest(gates, walk.tolerance)
-        seen.add(id(current))
-        start = current.start_seconds
-        if current.op.kind == "collective" and not current.op.blocks:
-            start = max(start, walk.end_of_compute(current.rank, current.end_seconds))
-        end = min(current.end_seconds, now)
-        pieces = ((end, now, "overhead"), (start, end, current.op.part))
+        rank, index, start, ended = _likeliest(gates, walk.tolerance)
+        seen.add((rank, index))
+        i = walk.does[rank][index]
+        if i.op.kind == "collective" and not i.op.blocks:
+            start = max(start, walk.end_of_compute(rank, ended))
+        end = min(ended, now)
+        pieces = ((end, now, "overhead"), (start, end, i.op.part))
         segments += [
-            PathSegment(rank=current.rank, part=part, start_seconds=a, end_seconds=b)
+            PathSegment(rank=rank, part=part, start_seconds=a, end_seconds=b)
             for a, b, part in pieces
             if a < b
         ]
         now = min(start, end)
-        gates = [g for g in walk.gates(_from(current, now)) if id(g) not in seen]
+        gates = [gate for gate in walk.gates(rank, i, now) if gate[:2] not in seen]
     if now > 0:
         rank = segments[-1].rank if segments else 0
         segments.append(PathSegment(rank=rank, part="overhead", start_seconds=0.0, end_seconds=now))
     return tuple(reversed(segments))
 
 
-def _from(interval: Interval, start: float) -> Interval:
-    """Returns an interval with another start."""
-    return replace(interval, start_seconds=start)
+def _likeliest(gates: Sequence[Executed], tolerance: float) -> Executed:
+    """Returns what ended last, and the first of several; before it, its successor could not
+    begin."""
+    end = max(ended for _, _, _, ended in gates)
+    return next(gate for gate in gates if gate[3] >= end - tolerance)
 
 
-def _likeliest(gates: Sequence[Interval], tolerance: float) -> Interval:
-    """Returns the interval that ends last, and the first of several; before it, its successor could
-    not begin."""
-    end = max(g.end_seconds for g in gates)
-    return next(g for g in gates if g.end_seconds >= end - tolerance)
-
-
-def step_breakdown(timeline: Timeline) -> dict[str, float]:
+def step_breakdown(step: Timeline | SimulatedStep) -> dict[str, float]:
     """Returns the seconds of the critical path by kind, in the order of PARTS; they add up to the
     step.
 
@@ -207,13 +264,14 @@ def step_breakdown(timeline: Timeline) -> dict[str, float]:
     waits.
     """
     seconds = dict.fromkeys(PARTS, 0.0)
-    for s in critical_path(timeline):
+    walk = _CriticalPath(step)
+    for s in _segments(walk, step.step_seconds):
         seconds[s.part] += s.end_seconds - s.start_seconds
-    busy: dict[int, float] = defaultdict(float)
-    for i in timeline.intervals:
-        if i.op.part == "compute":
-            busy[i.rank] += i.end_seconds - i.start_seconds
-    needed = min(seconds["compute"], max(busy.values(), default=0.0))
+    busy = [
+        sum(e - b for _, n, b, e in own.every if walk.does[rank][n].op.part == "compute")
+        for rank, own in walk.compute.items()
+    ]
+    needed = min(seconds["compute"], max(busy, default=0.0))
     seconds["bubble"] = seconds["compute"] - needed
     seconds["compute"] = needed
     return seconds

@@ -7,10 +7,9 @@ first sender gets the share of all of them.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import inf
-from operator import itemgetter
 
 from meshwright.cluster.topology import Resource
 from meshwright.errors import ClusterError, Problem
@@ -19,7 +18,7 @@ Weights = tuple[tuple[Resource, float], ...]
 """The number of streams on every resource."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Streams:
     """Describes the equal streams that a flow is made of; bandwidth is shared fairly among them."""
 
@@ -78,6 +77,8 @@ class FlowNetwork:
     """The flows whose share of some resource may have changed."""
     arrived: int = 0
     """The number of flows that have arrived so far."""
+    alone: dict[Streams, tuple[float, Resource]] = field(default_factory=dict)
+    """The speed of each of some streams where nothing else passes, and what limits it."""
 
 
 def add_flow(network: FlowNetwork, flow: Flow, now: float) -> None:
@@ -104,10 +105,12 @@ def reshare_bandwidth(network: FlowNetwork, now: float) -> list[Flow]:
     Returns every flow whose end has changed.
     """
     touched, network.touched = network.touched, {}
-    if all(_is_alone(network, flow) for flow in touched):
-        rates = _rates_alone(network.bandwidth, touched)
+    for flow in touched:
+        if not _is_alone(network, flow):
+            rates = fair_rates(network.bandwidth, _sharing(network, touched))
+            break
     else:
-        rates = fair_rates(network.bandwidth, _sharing(network, touched))
+        rates = _rates_alone(network, touched)
     changed = []
     for flow, rate in rates.items():
         if rate != flow.rate:
@@ -120,7 +123,11 @@ def reshare_bandwidth(network: FlowNetwork, now: float) -> list[Flow]:
 
 def _is_alone(network: FlowNetwork, flow: Flow) -> bool:
     """Returns True if no other flow passes any resource of this one."""
-    return all(len(network.flows[resource]) == 1 for resource in flow.streams.bytes_by_resource)
+    flows = network.flows
+    for resource in flow.streams.bytes_by_resource:  # noqa: SIM110 - `all` is slower
+        if len(flows[resource]) > 1:
+            return False
+    return True
 
 
 def _sharing(network: FlowNetwork, flows: Iterable[Flow]) -> list[Flow]:
@@ -159,17 +166,20 @@ def fair_rates(bandwidth: Mapping[Resource, float], flows: Iterable[Flow]) -> di
     return rates
 
 
-def _rates_alone(bandwidth: Mapping[Resource, float], flows: Iterable[Flow]) -> dict[Flow, float]:
+def _rates_alone(network: FlowNetwork, flows: Collection[Flow]) -> dict[Flow, float]:
     """Returns the same as `fair_rates`, for flows that share no resource with another, in the same
     order: the slowest first."""
-    found: list[tuple[float, Resource, Flow]] = []
-    for flow in flows:
-        weights = flow.streams.weights
-        _check_bandwidth({resource: bandwidth[resource] for resource, _ in weights})
-        speed, slowest = min((bandwidth[resource] / w, resource) for resource, w in weights)
-        found.append((speed, slowest, flow))
-    found.sort(key=itemgetter(0, 1))
-    return {flow: speed / flow.streams.bytes_each for speed, _, flow in found}
+    for streams in (flow.streams for flow in flows):
+        if streams not in network.alone:
+            network.alone[streams] = _speed_alone(network.bandwidth, streams)
+    if len(flows) > 1:
+        flows = sorted(flows, key=lambda flow: network.alone[flow.streams])
+    return {flow: network.alone[flow.streams][0] / flow.streams.bytes_each for flow in flows}
+
+
+def _speed_alone(bandwidth: Mapping[Resource, float], streams: Streams) -> tuple[float, Resource]:
+    _check_bandwidth({resource: bandwidth[resource] for resource, _ in streams.weights})
+    return min((bandwidth[resource] / w, resource) for resource, w in streams.weights)
 
 
 def _check_bandwidth(bandwidth: Mapping[Resource, float]) -> None:

@@ -5,9 +5,8 @@ The timing rules are those of program/instructions.py.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from heapq import heappop, heappush
 from typing import Any
@@ -21,7 +20,6 @@ from meshwright.errors import Problem, ProgramError
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Plan
 from meshwright.program.instructions import (
-    GradientKey,
     Instruction,
     Program,
     collective_key,
@@ -39,59 +37,19 @@ from meshwright.simulate.flows import (
     reshare_bandwidth,
     streams_of,
 )
-from meshwright.simulate.simulated_step import SimulatedStep
+from meshwright.simulate.rank_progress import (
+    At,
+    BroadcastQueue,
+    CollectiveProgress,
+    MessageChannel,
+    RankProgress,
+    must_wait,
+)
+from meshwright.simulate.simulated_step import Executed, SimulatedStep
 from meshwright.stopping import raise_if_stopped
 
 EVENTS_BETWEEN_CHECKS = 1_000
-"""The number of intervals between two checks for an interrupt: a few hundredths of a second."""
-
-At = tuple[int, int]
-"""An instruction: its rank, and its index in that rank's list."""
-
-
-@dataclass(slots=True)
-class _Rank:
-    """Keeps how far a rank has come, and what it waits for."""
-
-    position: int = 0
-    """The index of the next instruction."""
-    busy: bool = False
-    """True while it computes or a blocking collective holds it."""
-    awaited: dict[tuple[Op, int, int | None], int] = field(default_factory=lambda: defaultdict(int))
-    """The number of receives posted and not arrived, by RECV_F or RECV_B, stage and micro-batch."""
-    posted: list[int] = field(default_factory=list)
-    """The indices of the posted collectives, in order; those before `next_posted` have begun."""
-    next_posted: int = 0
-    open_reductions: Counter[GradientKey] = field(default_factory=Counter)
-    """The number of sums of gradients posted and not finished, by what they sum."""
-    memory: float = 0.0
-
-
-@dataclass(slots=True)
-class _Channel:
-    """Holds the messages in one direction between two ranks, first in, first out."""
-
-    sends: deque[At] = field(default_factory=deque)
-    receives: deque[At] = field(default_factory=deque)
-    busy: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class _Collective:
-    """Holds the instructions that take part in one collective, and those that are ready for it."""
-
-    members: list[At] = field(default_factory=list)
-    ready: set[At] = field(default_factory=set)
-
-
-@dataclass(slots=True)
-class _Queue:
-    """Holds the broadcasts along one chain, which run one after another."""
-
-    ranks: tuple[int, ...]
-    posted: dict[tuple[object, ...], list[At]] = field(default_factory=lambda: defaultdict(list))
-    """The sends and receives of broadcasts that have not begun, by cut, micro-batch and rows."""
-    busy: bool = False
+"""The number of events between two checks for an interrupt: a few hundredths of a second."""
 
 
 def _streams(traffic: Traffic) -> Streams | None:
@@ -100,34 +58,27 @@ def _streams(traffic: Traffic) -> Streams | None:
     return streams_of(sizes, traffic.stream) if sizes else None
 
 
-def _waits(state: _Rank, i: Instruction) -> bool:
-    """Returns whether a compute instruction or a collective must wait."""
-    if i.op.reads is not None and state.awaited[i.op.reads, i.stage, i.micro_batch]:
-        return True
-    if i.op.awaits == "own":
-        return state.open_reductions[i.layers, i.tied] > 0
-    return i.op.awaits == "all" and state.open_reductions.total() > 0
-
-
 class _Simulation:
     """Plays one step of a program."""
 
     def __init__(self, program: Program, prices: Prices) -> None:
-        self.program, self.prices = program, prices
         self.now = 0.0
         self.events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self.sequence = 0
         self.network = FlowNetwork(bandwidth=prices.bandwidth)
         self.ranks = {
-            rank: _Rank(memory=prices.static_bytes[rank])
+            rank: RankProgress(rank, instructions, prices.ranks[rank], prices.static_bytes[rank])
             for rank, instructions in enumerate(program.ranks)
             if instructions
         }
         """The ranks that have anything to do."""
-        self.channels: dict[tuple[int, int, Op], _Channel] = defaultdict(_Channel)
-        self.chains: dict[Chain, _Queue] = {}
-        self.collectives: dict[At, _Collective] = {}
-        self.executed: list[tuple[int, int, float, float]] = []
+        self.channels: dict[tuple[int, int, Op], MessageChannel] = {}
+        """The channels, by source, target and the operation of its receives."""
+        self.channel_of: dict[tuple[int, int | None, Op], MessageChannel] = {}
+        """The same by rank, peer and operation of a send or receive."""
+        self.chains: dict[Chain, BroadcastQueue] = {}
+        self.collectives: dict[At, CollectiveProgress] = {}
+        self.executed: list[Executed] = []
         """Rank, index, begin and end of every instruction, in the order of their ends."""
         self.memory: list[tuple[int, float, float]] = []
         """Rank, moment and bytes of every change of the memory in use."""
@@ -137,10 +88,10 @@ class _Simulation:
 
     def _meet(self) -> None:
         """Finds the members of every collective: equal members, content and repetition."""
-        groups: dict[Any, _Collective] = defaultdict(_Collective)
-        for rank in self.ranks:
+        groups: dict[Any, CollectiveProgress] = defaultdict(CollectiveProgress)
+        for rank, state in self.ranks.items():
             turn: dict[Any, int] = defaultdict(int)
-            for index, i in enumerate(self.program.ranks[rank]):
+            for index, i in enumerate(state.instructions):
                 if i.op.kind == "collective":
                     key = collective_key(i)
                     turn[key] += 1
@@ -148,18 +99,23 @@ class _Simulation:
                     group.members.append((rank, index))
                     self.collectives[rank, index] = group
                     if not i.op.blocks:
-                        self.ranks[rank].posted.append(index)
+                        state.posted.append(index)
 
     def run(self) -> None:
         """Runs all events in the order of time; after those of one moment, flows share bandwidth
         again."""
-        for rank in self.ranks:
-            self.advance(rank)
-        while self.events:
-            self.now, _, react, arguments = heappop(self.events)
+        events, network = self.events, self.network
+        for state in self.ranks.values():
+            self.advance(state)
+        turn = 0
+        while events:
+            turn += 1
+            if turn % EVENTS_BETWEEN_CHECKS == 0:
+                raise_if_stopped()
+            self.now, _, react, arguments = heappop(events)
             react(*arguments)
-            if self.network.touched and (not self.events or self.events[0][0] > self.now):
-                for flow in reshare_bandwidth(self.network, self.now):
+            if network.touched and (not events or events[0][0] > self.now):
+                for flow in reshare_bandwidth(network, self.now):
                     if flow.rate:
                         self.at(max(flow.ends, self.now), self.leave, flow, flow.version)
 
@@ -167,169 +123,181 @@ class _Simulation:
         self.sequence += 1
         heappush(self.events, (seconds, self.sequence, react, arguments))
 
-    def advance(self, rank: int) -> None:
+    def advance(self, state: RankProgress) -> None:
         """Issues a rank's instructions up to the first one that keeps it busy or has to wait."""
-        state, instructions = self.ranks[rank], self.program.ranks[rank]
+        instructions = state.instructions
         while not state.busy and state.position < len(instructions):
-            at, i = (rank, state.position), instructions[state.position]
-            if i.op.kind in ("send", "receive"):
-                self.post(at, i)
-            elif (i.op.reads is not None or i.op.awaits != "none") and _waits(state, i):
+            index = state.position
+            i = instructions[index]
+            op = i.op
+            if op.kind == "send" or op.kind == "receive":
+                self.post(state, index, i)
+            elif (op.reads is not None or op.awaits != "none") and must_wait(state, i):
                 return
-            elif i.op.kind == "compute":
-                self.compute(at, i)
-            elif i.op.blocks:
+            elif op.kind == "compute":
+                self.compute(state, index, op)
+            elif op.blocks:
                 state.busy = True
-                self.ready(at)
+                self.ready((state.number, index))
             else:
-                state.open_reductions[i.layers, i.tied] += i.op.of_gradients
-                if self.prices.ranks[rank][at[1]].completed_by is None:
-                    self.ready(at)
-            state.position += 1
+                state.open_reductions[i.layers, i.tied] += op.of_gradients
+                if state.prices[index].completed_by is None:
+                    self.ready((state.number, index))
+            state.position = index + 1
 
-    def compute(self, at: At, i: Instruction) -> None:
-        rank, index = at
-        self.ranks[rank].busy = True
-        price = self.prices.ranks[rank][index]
-        if i.op is Op.FORWARD:
-            self.hold(rank, price.held_bytes)
+    def compute(self, state: RankProgress, index: int, op: Op) -> None:
+        state.busy = True
+        price = state.prices[index]
+        if op is Op.FORWARD:
+            self.hold(state, price.held_bytes)
         for reduction, offset in price.completes:
-            self.at(self.now + offset, self.ready, (rank, reduction))
-        self.at(self.now + price.seconds, self.computed, at, i, self.now)
+            self.at(self.now + offset, self.ready, (state.number, reduction))
+        self.sequence += 1  # as `at` does, but at once
+        done = (state, index, op, self.now)
+        heappush(self.events, (self.now + price.seconds, self.sequence, self.computed, done))
 
-    def computed(self, at: At, i: Instruction, began: float) -> None:
-        if i.op is not Op.FORWARD and (held := self.prices.ranks[at[0]][at[1]].held_bytes):
-            self.hold(at[0], held)
-        self.record(at, began)
-        self.ranks[at[0]].busy = False
-        self.advance(at[0])
+    def computed(self, state: RankProgress, index: int, op: Op, began: float) -> None:
+        if op is not Op.FORWARD and (held := state.prices[index].held_bytes):
+            self.hold(state, held)
+        self.executed.append((state.number, index, began, self.now))
+        state.busy = False
+        self.advance(state)
 
-    def hold(self, rank: int, size: float) -> None:
-        self.ranks[rank].memory += size
-        self.memory.append((rank, self.now, self.ranks[rank].memory))
+    def hold(self, state: RankProgress, size: float) -> None:
+        state.memory += size
+        self.memory.append((state.number, self.now, state.memory))
 
-    def post(self, at: At, i: Instruction) -> None:
-        assert i.peer is not None
+    def post(self, state: RankProgress, index: int, i: Instruction) -> None:
+        op = i.op
+        if op.kind == "receive":
+            state.awaited[op, i.stage, i.micro_batch] += 1
         if i.ranks:
-            if i.op.kind == "receive":
-                self.ranks[at[0]].awaited[i.op, i.stage, i.micro_batch] += 1
-            chain = self.chains.setdefault(chain_of(i), _Queue(i.ranks))
-            chain.posted[stage_before(i), i.micro_batch, i.rows].append(at)
+            chain = self.chains.setdefault(chain_of(i), BroadcastQueue(i.ranks))
+            chain.posted[stage_before(i), i.micro_batch, i.rows].append((state.number, index))
             self.pass_on(chain)
             return
-        if i.op.kind == "send":
-            channel = self.channels[at[0], i.peer, MATCHING_RECEIVE[i.op]]
-            channel.sends.append(at)
-        else:
-            channel = self.channels[i.peer, at[0], i.op]
-            channel.receives.append(at)
-            self.ranks[at[0]].awaited[i.op, i.stage, i.micro_batch] += 1
+        key = (state.number, i.peer, op)
+        channel = self.channel_of.get(key)
+        if channel is None:
+            channel = self.channel_of[key] = self.channel(state.number, i)
+        (channel.receives if op.kind == "receive" else channel.sends).append(index)
         self.match(channel)
 
-    def match(self, channel: _Channel) -> None:
+    def channel(self, rank: int, i: Instruction) -> MessageChannel:
+        """Returns the channel of a send or receive of a rank."""
+        assert i.peer is not None
+        if i.op.kind == "receive":
+            source, target, op = i.peer, rank, i.op
+        else:
+            source, target, op = rank, i.peer, MATCHING_RECEIVE[i.op]
+        found = self.channels.get((source, target, op))
+        if found is None:
+            one, other = (
+                self.ranks.get(end) or RankProgress(end, (), (), 0.0) for end in (source, target)
+            )
+            found = self.channels[source, target, op] = MessageChannel(one, other)
+        return found
+
+    def match(self, channel: MessageChannel) -> None:
         """Begins the next message of a channel if both its send and its receive are posted."""
         if channel.sends and channel.receives and not channel.busy:
             channel.busy = True
             send, receive = channel.sends.popleft(), channel.receives.popleft()
-            self.move(send, self.moved, channel, send, receive, self.now)
+            traffic = channel.source.prices[send].traffic
+            self.move(traffic, self.moved, channel, send, receive, self.now)
 
-    def moved(self, channel: _Channel, send: At, receive: At, began: float) -> None:
-        self.record(send, began)
-        self.record(receive, began)
-        i = self.program.ranks[receive[0]][receive[1]]
-        self.ranks[receive[0]].awaited[i.op, i.stage, i.micro_batch] -= 1
+    def moved(self, channel: MessageChannel, send: int, receive: int, began: float) -> None:
+        target = channel.target
+        self.executed.append((channel.source.number, send, began, self.now))
+        self.executed.append((target.number, receive, began, self.now))
+        i = target.instructions[receive]
+        target.awaited[i.op, i.stage, i.micro_batch] -= 1
         channel.busy = False
         self.match(channel)
-        self.advance(receive[0])
+        self.advance(target)
 
-    def pass_on(self, chain: _Queue) -> None:
+    def pass_on(self, chain: BroadcastQueue) -> None:
         """Begins the first broadcast whose sends and receives are all posted."""
         for key, ends in () if chain.busy else chain.posted.items():
             if len(ends) == 2 * (len(chain.ranks) - 1):
                 chain.busy = True
                 del chain.posted[key]
-                first = next(at for at in ends if self.peer(at) == chain.ranks[1])
-                self.move(first, self.passed_on, chain, ends, self.now)
+                first = next(at for at in ends if self.instruction(at).peer == chain.ranks[1])
+                self.move(self.traffic(first), self.passed_on, chain, ends, self.now)
                 return
 
-    def passed_on(self, chain: _Queue, ends: list[At], began: float) -> None:
+    def passed_on(self, chain: BroadcastQueue, ends: list[At], began: float) -> None:
         for at in ends:
-            self.record(at, began)
-            i = self.program.ranks[at[0]][at[1]]
+            self.executed.append((*at, began, self.now))
+            i = self.instruction(at)
             if i.op.kind == "receive":
                 self.ranks[at[0]].awaited[i.op, i.stage, i.micro_batch] -= 1
         chain.busy = False
         self.pass_on(chain)
         for rank in chain.ranks[1:]:
-            self.advance(rank)
+            self.advance(self.ranks[rank])
 
-    def peer(self, at: At) -> int | None:
-        return self.program.ranks[at[0]][at[1]].peer
+    def instruction(self, at: At) -> Instruction:
+        return self.ranks[at[0]].instructions[at[1]]
+
+    def traffic(self, at: At) -> Traffic:
+        return self.ranks[at[0]].prices[at[1]].traffic
 
     def ready(self, at: At) -> None:
         collective = self.collectives[at]
         collective.ready.add(at)
         self.reduce(collective)
 
-    def reduce(self, collective: _Collective) -> None:
+    def reduce(self, collective: CollectiveProgress) -> None:
         """Begins a collective if every member is ready and has begun its earlier reductions."""
         first = collective.members[0]
-        i = self.program.ranks[first[0]][first[1]]
+        i = self.instruction(first)
         if len(collective.ready) < len(i.ranks):
             return
         if i.op.blocks:
-            self.move(first, self.met, collective, self.now)
+            self.move(self.traffic(first), self.met, collective, self.now)
             return
         states = [self.ranks[rank] for rank, _ in collective.members]
         turns = [state.posted[state.next_posted] for state in states]
         if turns == [index for _, index in collective.members]:
-            self.move(first, self.reduced, collective, self.now)
+            self.move(self.traffic(first), self.reduced, collective, self.now)
             for state in states:
                 state.next_posted += 1
-            for (rank, _), state in zip(collective.members, states, strict=True):
+            for state in states:
                 if state.next_posted < len(state.posted):
-                    self.reduce(self.collectives[rank, state.posted[state.next_posted]])
+                    self.reduce(self.collectives[state.number, state.posted[state.next_posted]])
 
-    def reduced(self, collective: _Collective, began: float) -> None:
-        for rank, index in collective.members:
-            self.record((rank, index), began)
-            i = self.program.ranks[rank][index]
-            self.ranks[rank].open_reductions[i.layers, i.tied] -= i.op.of_gradients
-        for rank, _ in collective.members:
-            self.advance(rank)
-
-    def met(self, collective: _Collective, began: float) -> None:
+    def reduced(self, collective: CollectiveProgress, began: float) -> None:
         for at in collective.members:
-            self.record(at, began)
+            self.executed.append((*at, began, self.now))
+            i = self.instruction(at)
+            self.ranks[at[0]].open_reductions[i.layers, i.tied] -= i.op.of_gradients
+        for rank, _ in collective.members:
+            self.advance(self.ranks[rank])
+
+    def met(self, collective: CollectiveProgress, began: float) -> None:
+        for at in collective.members:
+            self.executed.append((*at, began, self.now))
             self.ranks[at[0]].busy = False
         for rank, _ in collective.members:
-            self.advance(rank)
+            self.advance(self.ranks[rank])
 
-    def move(self, at: At, then: Callable[..., None], *arguments: Any) -> None:
-        """Sends an instruction's traffic: its latency, then its bytes."""
-        traffic = self.prices.ranks[at[0]][at[1]].traffic
+    def move(self, traffic: Traffic, then: Callable[..., None], *arguments: Any) -> None:
+        """Sends traffic: its latency, then its bytes."""
         arrival = self.now + traffic.latency
         if id(traffic) not in self.streams:
             self.streams[id(traffic)] = _streams(traffic)
         if (streams := self.streams[id(traffic)]) is None:
             self.at(arrival, then, *arguments)
-            return
-        flow = Flow(streams, partial(then, *arguments), traffic.sender)
-        self.at(arrival, self.enter, flow)
-
-    def enter(self, flow: Flow) -> None:
-        add_flow(self.network, flow, self.now)
+        else:
+            flow = Flow(streams, partial(then, *arguments), traffic.sender)
+            self.at(arrival, add_flow, self.network, flow, arrival)
 
     def leave(self, flow: Flow, version: int) -> None:
         """Ends a flow, unless its rate has changed since the forecast."""
         if version == flow.version:
             remove_flow(self.network, flow)
             flow.on_end()
-
-    def record(self, at: At, began: float) -> None:
-        if len(self.executed) % EVENTS_BETWEEN_CHECKS == 0:
-            raise_if_stopped()
-        self.executed.append((*at, began, self.now))
 
 
 def simulate(program: Program, prices: Prices) -> Timeline:
@@ -354,20 +322,21 @@ def simulated_step(program: Program, prices: Prices) -> SimulatedStep:
 def _stuck(step: _Simulation) -> Iterator[tuple[int, int, str, str]]:
     """Yields rank and index of every instruction that waits for ever, and what it lacks."""
     for rank, state in step.ranks.items():
-        instructions = step.program.ranks[rank]
+        instructions = state.instructions
         done = state.position == len(instructions)
         if not done or state.busy:
             index = min(state.position, len(instructions) - 1) - (state.busy and not done)
             found = f"{format_instruction(instructions[index])!r}, which waits for ever"
             yield rank, index, found, "a program that ends"
     for (source, target, _), channel in step.channels.items():
-        for rank, index in (*channel.sends, *channel.receives):
-            waiting = format_instruction(step.program.ranks[rank][index])
-            found = f"{waiting!r} on rank {rank}, without a partner"
-            yield rank, index, found, f"a send from rank {source} for each receive on rank {target}"
+        wanted = f"a send from rank {source} for each receive on rank {target}"
+        for rank, posted in ((source, channel.sends), (target, channel.receives)):
+            for index in posted:
+                waiting = format_instruction(step.instruction((rank, index)))
+                yield rank, index, f"{waiting!r} on rank {rank}, without a partner", wanted
     for chain in step.chains.values():
         for rank, index in (at for ends in chain.posted.values() for at in ends):
-            waiting = format_instruction(step.program.ranks[rank][index])
+            waiting = format_instruction(step.instruction((rank, index)))
             found = f"{waiting!r} on rank {rank}, without the others"
             yield rank, index, found, "all sends and receives of its broadcast"
 

@@ -183,7 +183,7 @@ def _among_themselves(program: Program, folded: Symmetry) -> Program:
 
     return Program(
         ranks=tuple(
-            tuple(replace(i, ranks=met(i.ranks)) if i.ranks else i for i in instructions)
+            tuple(i._replace(ranks=met(i.ranks)) if i.ranks else i for i in instructions)
             for instructions in program.ranks
         )
     )

@@ -9,16 +9,18 @@ from itertools import chain
 from math import inf
 from operator import add
 
+from meshwright.program.codes import B, Codes, F, I, W
 from meshwright.program.compile import RECEIVES_AHEAD
-from meshwright.program.work import B, Codes, F, I, W, Work
+from meshwright.program.work import Work
 from meshwright.records import record
 
 ROUNDING = 1e-9
 """Relative excess over a limit that may be due to the order in which seconds are added up."""
 
-Need = tuple[list[float] | None, float | None, list[float]]
-"""The time when the source has made what is waited for, None if there is no source; seconds of the
-message, None if it is of the same group; and by stage, when the link is free again."""
+Need = tuple[list[float], list[float] | None, float | None, list[float]]
+"""It holds the ends of a stage's forwards or backwards, those of the source of their inputs (None
+if there is no source), the seconds of the message (None if it is of the same group), and when the
+link is free again."""
 
 
 @record
@@ -78,16 +80,16 @@ class _Listing:
         self.forwards: list[list[float]] = [[] for _ in range(self.stages)]
         self.backwards: list[list[float]] = [[] for _ in range(self.stages)]
         self.halves, self.weights = [0] * self.stages, [0] * self.stages
-        wait_f, wait_b = work.waits
-        free_f, free_b = [0.0] * self.stages, [0.0] * self.stages
-        self.for_f: list[Need] = [
-            (made, wait, free_f)
-            for made, wait in zip([None, *self.forwards[:-1]], wait_f, strict=True)
+        onward, back = work.waits
+        before, after = [None, *self.forwards[:-1]], [*self.backwards[1:], None]
+        self.needs: list[tuple[int, Need, Need]] = [
+            (s, (done, made, wait, [0.0]), (undone, there, way, [0.0]))
+            for s, (done, made, wait, undone, there, way) in enumerate(
+                zip(self.forwards, before, onward, self.backwards, after, back, strict=True)
+            )
         ]
-        self.for_b: list[Need] = [
-            (made, wait, free_b)
-            for made, wait in zip([*self.backwards[1:], None], wait_b, strict=True)
-        ]
+        """What the forwards and the backwards of every stage need."""
+        self.held_by = [[self.needs[s] for s in held] for held in work.layout]
         self.events: list[tuple[float, int]] = [(0.0, g) for g in range(groups)]
         self.least, busy = _least_seconds(work)
         self.left = [*map(add, busy, work.tails)]
@@ -109,19 +111,20 @@ class _Listing:
         """Lets a free group take its most urgent action, or look again when one can begin."""
         best, urgency, coming, arrived = -1, inf, inf, 0.0
         behind, late = 0, -1
-        for s in self.layout[g]:
+        posted = self.before[g][0]
+        for s, for_f, for_b in self.held_by[g]:
             lag = self.halves[s] - self.weights[s]
             if lag > behind:
                 behind, late = lag, s
-            done, back = len(self.forwards[s]), len(self.backwards[s])
+            done, back = len(for_f[0]), len(for_b[0])
             if done > back:
-                ready = self.ready(self.for_b[s], s, back, g)
+                ready = _ready(for_b, back, posted)
                 if ready > at:
                     coming = ready if ready < coming else coming
                 elif self.stages - s < urgency:
                     best, urgency, arrived = 4 * s + self.backward(s), self.stages - s, ready
             if done < self.count and done - back < self.ahead[s]:
-                ready = self.ready(self.for_f[s], s, done, g)
+                ready = _ready(for_f, done, posted)
                 if ready > at:
                     coming = ready if ready < coming else coming
                 elif self.first - s < urgency and self.held[g] + self.full[s] <= self.room[g]:
@@ -148,21 +151,6 @@ class _Listing:
         grows = self.work.half[s] - self.full[s]
         return I if self.held[g] + grows <= self.room[g] else B
 
-    def ready(self, need: Need, s: int, m: int, g: int) -> float:
-        """Returns when the input of an action arrives; infinite until its source has begun."""
-        made, wait, free = need
-        if made is None:
-            return 0.0
-        if m >= len(made):
-            return inf
-        begins = made[m]
-        if wait is None:
-            return begins
-        posted, passed = self.before[g][0], free[s]
-        if posted > begins:
-            begins = posted
-        return (passed if passed > begins else begins) + wait
-
     def take(self, g: int, code: int, at: float, arrived: float) -> None:
         """Does an action whose input has arrived, and tells the groups that wait for what it
         makes."""
@@ -176,15 +164,14 @@ class _Listing:
         else:
             if kind == F:
                 target = s + 1
-                self.forwards[s].append(end)
-                _, wait, free = self.for_f[s]
+                ends, _, wait, free = self.needs[s][1]
             else:
                 target = s - 1
                 self.halves[s] += kind == I
-                self.backwards[s].append(end)
-                _, wait, free = self.for_b[s]
+                ends, _, wait, free = self.needs[s][2]
+            ends.append(end)
             if wait is not None:
-                free[s] = arrived
+                free[0] = arrived
             if 0 <= target < self.stages and self.group[target] != g:
                 other = self.group[target]
                 if self.now[other] <= end:  # else it looks again when it is done, which is later
@@ -197,6 +184,22 @@ class _Listing:
             self.events.clear()
         else:
             heappush(self.events, (end, g))
+
+
+def _ready(need: Need, m: int, posted: float) -> float:
+    """Returns when the input of a micro-batch arrives whose receive was `posted` by then; infinite
+    until its source has begun."""
+    _, made, wait, free = need
+    if made is None:
+        return 0.0
+    if m >= len(made):
+        return inf
+    begins = made[m]
+    if wait is None:
+        return begins
+    if posted > begins:
+        begins = posted
+    return (free[0] if free[0] > begins else begins) + wait
 
 
 def _least_seconds(work: Work) -> tuple[list[float], list[float]]:

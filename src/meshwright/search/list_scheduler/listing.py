@@ -4,26 +4,18 @@ rule."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from math import inf
 from operator import itemgetter
 from typing import Literal, get_args
 
 from meshwright.plan.ranks import EXPLICIT_SCHEDULES, needed_layout
 from meshwright.plan.spec import ScheduleName
-from meshwright.program.work import (
-    B,
-    Codes,
-    I,
-    Work,
-    fits,
-    group_ends,
-    play,
-    schedule_codes,
-    seconds,
-)
+from meshwright.program.codes import Codes
+from meshwright.program.schedules import schedule_codes
+from meshwright.program.work import Work, fits, seconds
 from meshwright.search.list_scheduler.greedy import Rule, listed
 from meshwright.search.list_scheduler.refine import refined
+from meshwright.search.list_scheduler.steady_state import extrapolated, shortened
 from meshwright.stopping import raise_if_stopped
 
 LOOKED_AT = 1_000_000
@@ -32,10 +24,6 @@ every machine (a long pipeline has its first few orders looked at all the same).
 
 TRIES = 12_000
 """Changes that are tried on the best order, at most."""
-
-ROUNDS, LEAST = 3, 24
-"""Micro-batches in which a pipeline comes to run evenly: so many times its stages, and at least so
-many."""
 
 KEPT = 2
 """Schedules with a rule, and rules, that are fast on few micro-batches and are tried on all."""
@@ -99,19 +87,22 @@ DIVIDED: tuple[Settings, ...] = (
 """Settings that have won on pipelines with one stage on each group of devices, and with several."""
 
 
-def best_order(work: Work, looked_at: int = LOOKED_AT) -> list[Codes] | None:
+def best_order(
+    work: Work, looked_at: int = LOOKED_AT, known: list[Codes] | None = None
+) -> list[Codes] | None:
     """Returns the fastest order found that fits; None if none does.
 
-    Candidates are every schedule with a rule and list schedules after many rules; the best of them
-    is then annealed. Long pipelines have fewer candidates, and rules are compared on few of many
-    micro-batches.
+    Candidates are every schedule with a rule, or an order that is `known` to fit instead, and list
+    schedules after many rules; the best of them is then annealed. Long pipelines have fewer
+    candidates, and rules are compared on few of many micro-batches.
     """
     length = 3 * work.micro_batches * len(work.forward)
-    names, rules = list(NAMES), list(_rules(work))
-    if length * (len(names) + len(rules)) > looked_at:
-        names, rules = _fastest(work, looked_at)
-    named = ((seconds(work, codes), codes) for _, codes in _named(work, names))
-    best = min(named, key=itemgetter(0), default=None)
+    names, rules = [] if known else list(NAMES), list(_rules(work))
+    if length * (len(NAMES) + len(rules)) > looked_at:
+        names, rules = _promising(work, names, rules, looked_at)
+    candidates = [known] if known else [codes for _, codes in _named(work, names)]
+    timed = ((seconds(work, codes), codes) for codes in candidates)
+    best = min(timed, key=itemgetter(0), default=None)
     for rule in rules:
         found = _listed(work, rule, best[0] if best else inf)
         if found is not None and (best is None or found[0] < best[0]):
@@ -122,45 +113,26 @@ def best_order(work: Work, looked_at: int = LOOKED_AT) -> list[Codes] | None:
     return refined(work, best[1], tries)[1] if tries >= WORTH else best[1]
 
 
-def _fastest(work: Work, looked_at: int) -> tuple[list[ScheduleName], list[Rule]]:
-    """Returns the few schedules with a rule, and rules of list schedules, that are fastest for as
-    many micro-batches as a pipeline needs to run evenly."""
-    few = min(work.micro_batches, max(LEAST, ROUNDS * len(work.forward)))
-    short = replace(work, micro_batches=few)
-    number = max(looked_at // (3 * few * len(work.forward)) - len(NAMES), FEWEST_RULES)
-    rules = [*zip(_rules(work), _rules(short), strict=True)][:number]
-    named = [(_extrapolated(work, short, codes), name) for name, codes in _named(short, NAMES)]
+def _promising(
+    work: Work, names: list[ScheduleName], rules: list[Rule], looked_at: int
+) -> tuple[list[ScheduleName], list[Rule]]:
+    """Returns the few of some schedules with a rule, and rules of list schedules, that are fastest
+    for as many micro-batches as a pipeline needs to run evenly."""
+    short = shortened(work)
+    number = looked_at // (3 * short.micro_batches * len(work.forward)) - len(NAMES)
+    rules = rules[: max(number, FEWEST_RULES)]
+    if short == work:
+        return names, rules
+    named = [(extrapolated(work, short, codes), name) for name, codes in _named(short, names)]
     listed = [
-        (_extrapolated(work, short, found[1]), k)
-        for k, (_, rule) in enumerate(rules)
+        (extrapolated(work, short, found[1]), k)
+        for k, rule in zip(range(len(rules)), _rules(short), strict=False)
         if (found := _listed(short, rule))
     ]
     return (
         [name for _, name in sorted(named, key=itemgetter(0))[:KEPT]],
-        [rules[k][0] for _, k in sorted(listed)[:KEPT]],
+        [rules[k] for _, k in sorted(listed)[:KEPT]],
     )
-
-
-def _extrapolated(work: Work, short: Work, codes: Sequence[Codes]) -> float:
-    """Returns the seconds of an order for few micro-batches if it went on for all of them at the
-    pace of its middle."""
-    ends = play(short, codes)
-    assert ends is not None, "the order comes to its end"
-    whole = max(group_ends(work, ends))
-    more = work.micro_batches - short.micro_batches
-    if not more:
-        return whole
-    first, last = short.micro_batches // 3, 2 * short.micro_batches // 3
-    pace = 0.0
-    for own, ended in zip(codes, ends, strict=True):
-        stage = min(code >> 2 for code in own)
-        back = [
-            end
-            for code, end in zip(own, ended, strict=True)
-            if code in (4 * stage + B, 4 * stage + I)
-        ]
-        pace = max(pace, (back[last] - back[first]) / (last - first))
-    return whole + more * pace
 
 
 def _listed(work: Work, rule: Rule, limit: float = inf) -> tuple[float, list[Codes]] | None:

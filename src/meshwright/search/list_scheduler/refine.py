@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from math import exp, inf
 from random import Random
 
-from meshwright.program.work import B, Codes, F, I, W, Work, group_ends, most_held, play
+from meshwright.program.codes import B, Codes, F, I, W
+from meshwright.program.work import Work, group_ends, most_held, play
 from meshwright.stopping import raise_if_stopped
 
 REACH = 4

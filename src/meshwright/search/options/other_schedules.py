@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from math import inf
 from operator import attrgetter, itemgetter
 
 from meshwright.plan.ranks import describe_plan, needed_layout
-from meshwright.plan.spec import Plan
-from meshwright.program.work import Codes, Work, fits, schedule_codes, to_orders
+from meshwright.plan.spec import Plan, ScheduleName
+from meshwright.program.codes import Codes, to_orders
+from meshwright.program.schedules import schedule_codes
+from meshwright.program.work import Work, fits
 from meshwright.search.candidate import candidate_of, plan_of
 from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.costs import Costs
@@ -23,8 +26,9 @@ from meshwright.search.explore import is_large
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
 from meshwright.search.incumbent import SAME, Evaluated, Incumbent, Strategy, work_of
 from meshwright.search.list_scheduler.listing import NAMES, best_order
+from meshwright.search.list_scheduler.steady_state import last_of_many, played_spans
 from meshwright.search.options.boundary_kinds import wide_cuts, with_boundaries
-from meshwright.search.quick_clock import as_actions, pipeline_works, quick_clock
+from meshwright.search.quick_clock import Clock, as_actions, pipeline_works, quick_clock
 
 FINALISTS, FINALISTS_OF_MANY = 12, 8
 """Plans that are timed in every order; on large clusters, where simulating each takes a second,
@@ -71,10 +75,23 @@ class OrderedPlan:
     seconds: float
     exposed: float
     """The part of the seconds in which gradients are still summed though all backwards are done."""
-    plan: Plan
+    unwritten: Plan
+    """The plan with the name of its schedule, but without the actions of a listed one."""
     works: list[Work]
+    orders: list[list[Codes]]
     margin: float = 1.0
     """Times that messages were taken to last when the order was made."""
+
+    @property
+    def plan(self) -> Plan:
+        """Returns the plan as it is proposed."""
+        if self.unwritten.schedule != "list":
+            return self.unwritten
+        pipelines = tuple(
+            replace(pipeline, actions=as_actions(pipeline, to_orders(codes)))
+            for pipeline, codes in zip(self.unwritten.pipelines, self.orders, strict=True)
+        )
+        return replace(self.unwritten, pipelines=pipelines)
 
 
 def propose(incumbent: Incumbent) -> Proposals:
@@ -98,7 +115,7 @@ def in_fastest_orders(
     named = [
         (ordered, work)
         for plan, work in plans
-        if (ordered := in_named_orders(costs, plan, pipeline_works(plan, costs))[:NAMED])
+        if (ordered := in_named_orders(costs, plan, pipeline_works(plan, costs)))
     ]
     named.sort(key=lambda pair: pair[0][0].seconds)
     every = [(each, work) for ordered, work in named for each in ordered]
@@ -120,7 +137,8 @@ def in_fastest_orders(
             yield Pruned("slower by the quick clock")
             continue
         played, spent = played + 1, spent + work
-        simulated = yield Proposal(each.plan, describe_plan(each.plan))
+        plan = each.plan
+        simulated = yield Proposal(plan, describe_plan(plan))
         if simulated and simulated is incumbent.best:
             best = each
         if simulated and simulated.seconds > each.seconds * (1 + ROUGH):
@@ -135,8 +153,11 @@ def in_fastest_orders(
 def _looked_for_longer(costs: Costs, best: OrderedPlan) -> Proposals:
     """Proposes a better order for the best plan, if one is found in more time."""
     listed = _listed(costs, best, LISTED, best.margin)
-    if listed and (best.margin > 1.0 or listed.seconds < best.seconds * (1 - SAME)):
-        yield Proposal(listed.plan, describe_plan(listed.plan))
+    if listed is None or listed.orders == best.orders:
+        return
+    if best.margin > 1.0 or listed.seconds < best.seconds * (1 - SAME):
+        plan = listed.plan
+        yield Proposal(plan, describe_plan(plan))
 
 
 def _with_margins(
@@ -150,17 +171,18 @@ def _with_margins(
     for found in sorted(met, key=itemgetter(0)):
         plans.setdefault(id(found[1].works), found)
     for seconds, ordered, work in list(plans.values())[:MET]:
-        seen = {ordered.plan.pipelines}
+        seen = [ordered.orders]
         for margin in MARGINS:
             if seconds > NEAR * incumbent.limit or left <= 0:
                 yield Pruned("slower by the quick clock")
                 continue
             listed = _listed(incumbent.costs, ordered, GLANCED, margin)
-            if listed is None or listed.plan.pipelines in seen:
+            if listed is None or listed.orders in seen:
                 continue
-            seen.add(listed.plan.pipelines)
+            seen.append(listed.orders)
             left -= work
-            simulated = yield Proposal(listed.plan, describe_plan(listed.plan))
+            plan = listed.plan
+            simulated = yield Proposal(plan, describe_plan(plan))
             if simulated and simulated is incumbent.best:
                 best = listed
     return best
@@ -242,32 +264,37 @@ def _build(strategy: Strategy) -> object:
 
 
 def in_named_orders(costs: Costs, plan: Plan, works: list[Work]) -> list[OrderedPlan]:
-    """Returns the plan in the schedules with a rule that its pipelines can have and whose
-    activations fit, fastest first. Interleaving one stage of each device is eager 1F1B."""
+    """Returns the plan in the NAMED fastest schedules with a rule that its pipelines can have and
+    whose activations fit, fastest first. Interleaving one stage of each device is eager 1F1B."""
     divided = any(len(held) > 1 for work in works for held in work.layout)
-    clock = quick_clock(costs, plan, works)
-    found = []
+    clock = quick_clock(costs, plan)
+    rough: list[tuple[float, ScheduleName]] = []
     for name in NAMES:
         if name.startswith("interleaved") and not divided:
             continue
         if any(needed_layout(name, work.layout) for work in works):
             continue
-        orders = [schedule_codes(name, work.layout, work.micro_batches) for work in works]
-        if not all(map(fits, works, orders)):
-            continue
-        seconds, exposed = clock(orders)
-        if name.startswith("zb"):
-            named = _listing(plan, orders)
-        else:
-            named = replace(plan, schedule=name, prediction=None)
-        found.append(OrderedPlan(seconds, exposed, named, works))
+        if all(fits(work, _codes(name, work)) for work in works):
+            rough.append((clock([last_of_many(work, name) for work in works])[0], name))
+    found = []
+    for _, name in sorted(rough, key=itemgetter(0))[:NAMED]:
+        orders = [_codes(name, work) for work in works]
+        written = "list" if name.startswith("zb") else name  # their rules join no weight parts
+        ordered = replace(plan, schedule=written, prediction=None)
+        found.append(_timed(clock, ordered, works, orders))
     return sorted(found, key=attrgetter("seconds"))
+
+
+def _codes(name: ScheduleName, work: Work) -> list[Codes]:
+    return schedule_codes(name, work.layout, work.micro_batches)
 
 
 def _listed(
     costs: Costs, ordered: OrderedPlan, looked_at: int, margin: float = 1.0
 ) -> OrderedPlan | None:
-    return in_listed_order(costs, ordered.plan, ordered.works, looked_at, margin)
+    """Returns a plan with an order made for it that is no worse on its own, but for the margin."""
+    unwritten, works = ordered.unwritten, ordered.works
+    return in_listed_order(costs, unwritten, works, looked_at, margin, ordered.orders)
 
 
 def with_margin(work: Work, margin: float) -> Work:
@@ -277,25 +304,28 @@ def with_margin(work: Work, margin: float) -> Work:
 
 
 def in_listed_order(
-    costs: Costs, plan: Plan, works: list[Work], looked_at: int, margin: float = 1.0
+    costs: Costs,
+    plan: Plan,
+    works: list[Work],
+    looked_at: int,
+    margin: float = 1.0,
+    known: Sequence[list[Codes] | None] = (),
 ) -> OrderedPlan | None:
     """Returns the plan with an order made for each of its pipelines; None if nothing fits. An order
-    that is made as if messages took `margin` times as long bears that they wait for each other."""
+    that is made as if messages took `margin` times as long bears that they wait for each other.
+    `known` are orders that fit, which those made are to beat."""
     orders = []
-    for work in works:
-        codes = best_order(with_margin(work, margin), looked_at)
+    for work, other in zip_longest(works, known):
+        codes = best_order(with_margin(work, margin), looked_at, other)
         if codes is None:
             return None
         orders.append(codes)
-    listed = _listing(plan, orders)
-    seconds, exposed = quick_clock(costs, plan, works)(orders)
-    return OrderedPlan(seconds, exposed, listed, works, margin)
+    listed = replace(plan, schedule="list", prediction=None)
+    return _timed(quick_clock(costs, plan), listed, works, orders, margin)
 
 
-def _listing(plan: Plan, orders: Sequence[Sequence[Codes]]) -> Plan:
-    """Returns the plan with an order for each of its pipelines."""
-    pipelines = tuple(
-        replace(pipeline, actions=as_actions(pipeline, to_orders(codes)))
-        for pipeline, codes in zip(plan.pipelines, orders, strict=True)
-    )
-    return replace(plan, schedule="list", pipelines=pipelines, prediction=None)
+def _timed(
+    clock: Clock, plan: Plan, works: list[Work], orders: list[list[Codes]], margin: float = 1.0
+) -> OrderedPlan:
+    spans = [played_spans(work, codes) for work, codes in zip(works, orders, strict=True)]
+    return OrderedPlan(*clock(spans), plan, works, orders, margin)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import field
+from collections.abc import Callable, Container, Sequence
 
 from meshwright.model.spec import LayerGraph, tensors_across
 from meshwright.plan.ranks import RankPlacement, StagePlacement, same_ranks
@@ -23,8 +22,6 @@ class Boundary:
     """The operation of this stage's ranks: a send or a receive."""
     moves: tuple[Move, ...]
     row_bytes: float
-    own: dict[int, list[tuple[Move, int]]] = field(default_factory=dict)
-    """The moves of a rank, each with its bytes, once they have been asked for."""
 
 
 @record
@@ -106,32 +103,24 @@ def cut_bytes(model: LayerGraph, cut: int) -> tuple[float, float]:
     return sum(t.bytes for t in alive), sum(t.bytes for t in alive if t.gradient)
 
 
-def boundary_transfers(
-    placement: RankPlacement, micro_batch: int, boundary: Boundary | None
-) -> list[Instruction]:
-    """Returns this rank's messages of one micro-batch across a boundary in one direction, if there
+def boundary_transfers(placement: RankPlacement, boundary: Boundary | None) -> list[Instruction]:
+    """Returns this rank's messages of any micro-batch across a boundary in one direction, if there
     are any."""
     if boundary is None:
         return []
     receiving = boundary.op.kind == "receive"
-    if placement.rank not in boundary.own:
-        boundary.own[placement.rank] = [
-            (move, _size(boundary, move))
-            for move in boundary.moves
-            if (move.target if receiving else move.source) == placement.rank
-        ]
     return [
         Instruction(
             op=boundary.op,
             stage=placement.stage,
-            micro_batch=micro_batch,
             peer=move.source if receiving else move.target,
             rows=move.rows,
             part=move.part,
             ranks=move.chain,
-            bytes=size,
+            bytes=_size(boundary, move),
         )
-        for move, size in boundary.own[placement.rank]
+        for move in boundary.moves
+        if (move.target if receiving else move.source) == placement.rank
     ]
 
 
@@ -143,20 +132,19 @@ def _size(boundary: Boundary, move: Move) -> int:
     return round(size)
 
 
-def boundary_gathers(
-    placement: RankPlacement, micro_batch: int, boundary: Boundary | None
-) -> Iterator[Instruction]:
-    """Yields the gathers by which ranks of a replica assemble what each of them has received a part
-    of."""
+def boundary_gathers(placement: RankPlacement, boundary: Boundary | None) -> list[Instruction]:
+    """Returns the gathers by which ranks of a replica assemble what each of them has received a
+    part of, for any micro-batch."""
     if boundary is None:
-        return
-    for rows, ranks in gathered(boundary.moves):
-        if placement.rank in ranks:
-            yield Instruction(
-                op=GATHERS[boundary.op],
-                stage=placement.stage,
-                micro_batch=micro_batch,
-                rows=rows,
-                ranks=ranks,
-                bytes=round(boundary.row_bytes * (rows[1] - rows[0])),
-            )
+        return []
+    return [
+        Instruction(
+            op=GATHERS[boundary.op],
+            stage=placement.stage,
+            rows=rows,
+            ranks=ranks,
+            bytes=round(boundary.row_bytes * (rows[1] - rows[0])),
+        )
+        for rows, ranks in gathered(boundary.moves)
+        if placement.rank in ranks
+    ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Plan
@@ -29,11 +28,11 @@ def rewriting(plan: Plan, model: LayerGraph) -> Rewriting | None:
         if i.op is not REDUCE_GRAD:
             return i
         layers = summed_layers(i.layers, i.tied, model)
-        return replace(i, op=REDUCE_SCATTER) if all(divided[n] for n in layers) else i
+        return i._replace(op=REDUCE_SCATTER) if all(divided[n] for n in layers) else i
 
     def rewrite(instructions: tuple[Instruction, ...]) -> tuple[Instruction, ...]:
         found = [scattered(i) for i in instructions]
-        gathers = [replace(i, op=GATHER_PARAMETERS) for i in found if i.op is REDUCE_SCATTER]
+        gathers = [i._replace(op=GATHER_PARAMETERS) for i in found if i.op is REDUCE_SCATTER]
         return tuple(_gathered(found, gathers))
 
     return rewrite
