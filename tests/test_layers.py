@@ -103,7 +103,7 @@ ROOM_LINES = {
     "money": 1_050,
     "plan": 950,
     "profiling": 900,
-    "program": 1_900,
+    "program": 1_920,
     "report": 2_130,
     "rivals": 300,
     "runtime": 4_700,

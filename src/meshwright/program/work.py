@@ -44,6 +44,9 @@ class Work:
     """Bytes that it keeps on each stage between I and W."""
     room: tuple[float, ...]
     """Bytes that activations may take on each group of devices."""
+    further: tuple[float, ...] = ()
+    """Seconds of each further micro-batch of a weight part that follows one of the same stage: they
+    are joined. Empty: as many as those of the first."""
     afterwards: tuple[float, ...] = ()
     """Seconds that each group goes on after its last action, to sum gradients; none if empty."""
 
@@ -97,7 +100,8 @@ def play(work: Work, codes: Sequence[Codes]) -> list[list[float]] | None:
             began = k = len(ends)
             now = ends[-1] if ends else 0.0
             while k < len(own):
-                made, done, wait, free, took = steps[own[k]]
+                code = own[k]
+                made, done, wait, free, took, again = steps[code]
                 if made is not None:
                     m = len(done)
                     if m >= len(made):
@@ -113,7 +117,7 @@ def play(work: Work, codes: Sequence[Codes]) -> list[list[float]] | None:
                         free[0] = ready
                     if ready > now:
                         now = ready
-                now += took
+                now += again if k and own[k - 1] == code else took
                 ends.append(now)
                 done.append(now)
                 k += 1
@@ -123,16 +127,17 @@ def play(work: Work, codes: Sequence[Codes]) -> list[list[float]] | None:
     return every if whole else None
 
 
-Step = tuple[list[float] | None, list[float], float | None, list[float], float]
+Step = tuple[list[float] | None, list[float], float | None, list[float], float, float]
 """It holds when its source has made what each micro-batch waits for (None if there is no source),
-its own ends, the seconds of the message (None if none is sent), when the link is free again, and
-its own seconds."""
+its own ends, the seconds of the message (None if none is sent), when the link is free again, its
+own seconds, and those where it follows one of its code."""
 
 
 def _steps(work: Work) -> list[Step]:
     """Returns what it takes to play each code."""
     stages = len(work.forward)
     took, (wait_f, wait_b) = _durations(work)
+    again = work.further or work.weights
     forwards: list[list[float]] = [[] for _ in range(stages)]
     backwards: list[list[float]] = [[] for _ in range(stages)]
     steps: list[Step] = []
@@ -142,10 +147,10 @@ def _steps(work: Work) -> list[Step]:
         before = forwards[s - 1] if s else None
         after = backwards[s + 1] if s < stages - 1 else None
         steps += (
-            (before, forwards[s], wait_f[s], [0.0], forward),
-            (after, backwards[s], wait_b[s], free, whole),
-            (after, backwards[s], wait_b[s], free, inputs),
-            (None, [], None, [], weights),
+            (before, forwards[s], wait_f[s], [0.0], forward, forward),
+            (after, backwards[s], wait_b[s], free, whole, whole),
+            (after, backwards[s], wait_b[s], free, inputs, inputs),
+            (None, [], None, [], weights, again[s]),
         )
     return steps
 

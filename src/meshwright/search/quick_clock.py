@@ -15,9 +15,15 @@ from meshwright.cost.collective import Traffic, concurrent
 from meshwright.cost.pricing import Prices, price_program
 from meshwright.plan.ranks import stage_layout, stage_placements
 from meshwright.plan.spec import Pipeline, Plan
-from meshwright.program.actions import Order, format_order, single_action
+from meshwright.program.actions import (
+    Action,
+    Order,
+    format_order,
+    single_action,
+    with_joined_weights,
+)
 from meshwright.program.compile import compile_plan
-from meshwright.program.instructions import Program
+from meshwright.program.instructions import Program, micro_batches_of
 from meshwright.program.operations import Op
 from meshwright.program.work import Work
 from meshwright.search.boundary_prices import Crossing, crowded_seconds, mean_period
@@ -28,11 +34,13 @@ from meshwright.search.pipeline_seconds import Span
 from meshwright.search.reduction_estimate import alone_after, reduced
 from meshwright.simulate.symmetry import find_symmetry, priced_for_all
 
-BACKWARDS = ((Op.BACKWARD,), (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT))
-"""The two ways to do a backward: whole, and in two parts."""
+PROBED = 4
+"""Micro-batches of which one has a whole backward, one a backward in two parts, and two have weight
+parts that are joined."""
 
 THERE_AND_BACK = (Op.FORWARD, Op.BACKWARD)
-PROBED = ("compute", "transfers")
+PROBED_PARTS = ("compute", "transfers")
+"""Parts of a step that are priced: the rest comes after the last backwards."""
 WORKS = (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
 
 
@@ -79,16 +87,22 @@ def pipeline_works(plan: Plan, costs: Costs) -> list[Work]:
                 forward=column(Op.FORWARD),
                 whole=column(Op.BACKWARD),
                 inputs=column(Op.BACKWARD_INPUT),
-                weights=column(Op.BACKWARD_WEIGHT),
+                weights=(weights := column(Op.BACKWARD_WEIGHT)),
                 onward=tuple(seconds.get((n, Op.SEND_F), 0.0) for n in own[:-1]),
                 back=tuple(seconds.get((n, Op.SEND_B), 0.0) for n in own[1:]),
                 full=column("full"),
                 half=column("half"),
                 room=tuple(room[own[held[0]]] for held in stage_layout(pipeline)),
+                further=tuple(map(_more, column("joined"), weights)),
                 afterwards=_tails(pipeline, tails),
             )
         )
     return works
+
+
+def _more(two: float, one: float) -> float:
+    """Returns what the second one adds."""
+    return max(0.0, two - one)
 
 
 def _tails(pipeline: Pipeline, by_stage: Sequence[float]) -> tuple[float, ...]:
@@ -100,20 +114,22 @@ def _tails(pipeline: Pipeline, by_stage: Sequence[float]) -> tuple[float, ...]:
 
 
 def as_actions(pipeline: Pipeline, found: tuple[Order, ...]) -> tuple[str, ...]:
-    """Returns orders as a plan writes them."""
-    pairs = zip(found, stage_layout(pipeline), strict=True)
+    """Returns orders as a plan writes them, weight parts that follow each other as one."""
+    pairs = zip(map(with_joined_weights, found), stage_layout(pipeline), strict=True)
     return tuple(format_order(order, alone=len(held) == 1) for order, held in pairs)
 
 
 def _priced(plan: Plan, costs: Costs) -> tuple[Program, Prices]:
-    """Prices two micro-batches of a plan, the second one with its backwards in two parts, on its
-    cheapest ranks to simulate."""
-    pair = tuple(replace(p, micro_batches=2, actions=_there_and_back(p)) for p in plan.pipelines)
-    probe = replace(plan, schedule="custom", pipelines=pair)
+    """Prices a few micro-batches of a plan with every kind of backward, on its cheapest ranks to
+    simulate."""
+    few = tuple(
+        replace(p, micro_batches=PROBED, actions=_there_and_back(p)) for p in plan.pipelines
+    )
+    probe = replace(plan, schedule="custom", pipelines=few)
     folded = find_symmetry(plan, costs.cluster, costs.model)
     whole = compile_plan(probe, costs.model, only=folded.ranks)
     program = Program(
-        ranks=tuple(tuple(i for i in own if i.op.part in PROBED) for own in whole.ranks)
+        ranks=tuple(tuple(i for i in own if i.op.part in PROBED_PARTS) for own in whole.ranks)
     )
     prices = price_program(
         program, probe, costs.model, costs.stated_cluster, costs.profile, times=costs.times
@@ -122,19 +138,21 @@ def _priced(plan: Plan, costs: Costs) -> tuple[Program, Prices]:
 
 
 def _there_and_back(pipeline: Pipeline) -> tuple[str, ...]:
-    """Returns two micro-batches through all stages of any layout, one after the other."""
-    found = tuple(
-        tuple(
-            action
-            for m, backward in enumerate(BACKWARDS)
-            for action in (
-                *(single_action(Op.FORWARD, s, m) for s in held),
-                *(single_action(op, s, m) for s in reversed(held) for op in backward),
-            )
-        )
-        for held in stage_layout(pipeline)
-    )
-    return as_actions(pipeline, found)
+    """Returns the probed micro-batches through all stages of any layout, one way of a backward
+    after the other."""
+    found = []
+    for held in stage_layout(pipeline):
+        own: list[Action] = []
+        for together in ((0,), (1,), (2, 3)):
+            own += (single_action(Op.FORWARD, s, m) for m in together for s in held)
+            for s in reversed(held):
+                if together == (0,):
+                    own.append(single_action(Op.BACKWARD, s, 0))
+                    continue
+                own += (single_action(Op.BACKWARD_INPUT, s, m) for m in together)
+                own.append(Action(Op.BACKWARD_WEIGHT, s, together[0], together[-1] + 1))
+        found.append(tuple(own))
+    return as_actions(pipeline, tuple(found))
 
 
 def _by_stage(program: Program, prices: Prices) -> dict[tuple[int, str], float]:
@@ -147,7 +165,9 @@ def _by_stage(program: Program, prices: Prices) -> dict[tuple[int, str], float]:
     for instructions, own in zip(program.ranks, prices.ranks, strict=True):
         full: dict[int, float] = {}
         for i, cost in zip(instructions, own, strict=True):
-            if i.op in WORKS:
+            if i.op is Op.BACKWARD_WEIGHT and len(micro_batches_of(i)) > 1:
+                most((i.stage, "joined"), cost.seconds)
+            elif i.op in WORKS:
                 most((i.stage, i.op), cost.seconds)
                 if i.op is Op.FORWARD:
                     full[i.stage] = cost.held_bytes

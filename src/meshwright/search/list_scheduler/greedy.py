@@ -65,6 +65,7 @@ class _Listing:
         by_stage = zip(work.forward, work.whole, work.inputs, work.weights, strict=True)
         self.took = tuple(chain.from_iterable(by_stage))
         """Seconds of an action, by code."""
+        self.further = work.further or work.weights
         self.keeps = tuple(
             each
             for full, half in zip(work.full, work.half, strict=True)
@@ -158,6 +159,8 @@ class _Listing:
         end = at + self.took[code]
         if kind == W:
             self.weights[s] += 1
+            if self.codes[g][-1] == code:
+                end = at + self.further[s]
         else:
             if kind == F:
                 target = s + 1
@@ -202,8 +205,9 @@ def _ready(need: Need, m: int, posted: float) -> float:
 def _least_seconds(work: Work) -> tuple[list[float], list[float]]:
     """Returns by how many seconds each code brings its group nearer to its end, and what every
     group has to do at least."""
-    back = [min(b, i + w) for b, i, w in zip(work.whole, work.inputs, work.weights, strict=True)]
-    by_stage = zip(work.forward, back, work.weights, strict=True)
+    weights = work.further or work.weights
+    back = [min(b, i + w) for b, i, w in zip(work.whole, work.inputs, weights, strict=True)]
+    by_stage = zip(work.forward, back, weights, strict=True)
     least = [each for f, b, w in by_stage for each in (f, b, b - w, w)]
     count = work.micro_batches
     return least, [count * sum(work.forward[s] + back[s] for s in held) for held in work.layout]

@@ -37,9 +37,10 @@ WORTH = 20
 NAMES: tuple[ScheduleName, ...] = tuple(
     name
     for name in get_args(ScheduleName)
-    if name not in EXPLICIT_SCHEDULES and not name.endswith("-batched")
+    if name not in EXPLICIT_SCHEDULES and not name.endswith("-2bp")
 )
-"""Schedules with a rule; a batched weight part is, for its timing, several."""
+"""Schedules with a rule, of two that differ in joined weight parts the one that joins them. For the
+timing of an order, a joined weight part is several."""
 
 
 Settings = tuple[

@@ -278,7 +278,9 @@ def in_named_orders(costs: Costs, plan: Plan, works: list[Work]) -> list[Ordered
     found = []
     for _, name in sorted(rough, key=itemgetter(0))[:NAMED]:
         orders = [_codes(name, work) for work in works]
-        found.append(_timed(clock, replace(plan, schedule=name, prediction=None), works, orders))
+        written = "list" if name.startswith("zb") else name  # their rules join no weight parts
+        ordered = replace(plan, schedule=written, prediction=None)
+        found.append(_timed(clock, ordered, works, orders))
     return sorted(found, key=attrgetter("seconds"))
 
 
