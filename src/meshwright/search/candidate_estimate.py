@@ -53,10 +53,10 @@ def candidate_seconds(
     seconds = reduced(costs, pipelines, spans) + after
     if order != "best":
         return seconds
-    return seconds + DELAYED * max(0.0, _crowded_link(pipelines, every) - UNDELAYED * seconds)
+    return seconds + DELAYED * max(0.0, crowded_link(pipelines, every) - UNDELAYED * seconds)
 
 
-def _crowded_link(pipelines: Sequence[CandidatePipeline], every: Sequence[PipelinePrices]) -> float:
+def crowded_link(pipelines: Sequence[CandidatePipeline], every: Sequence[PipelinePrices]) -> float:
     """Returns the seconds of a step in which messages of several cuts or directions occupy the link
     that they occupy longest."""
     busy: dict[Resource, float] = {}
