@@ -28,8 +28,9 @@ from meshwright.search.layer_partition import Stages, apportioned, fit_pipeline,
 from meshwright.search.space import divisors, groups_by_node, legal_widths, rows_by_type
 from meshwright.stopping import raise_if_stopped
 
-ROWS = 6
-"""Sizes of micro-batches that every row of devices is cut for."""
+ROWS = 4
+"""Sizes of micro-batches that every row of devices is cut for: those nearest to as many rows as
+there are micro-batches. Climbs come to the others."""
 
 DEPTHS = 3
 """Numbers of stages, the most promising ones, that a row of devices is cut into."""
@@ -161,7 +162,7 @@ def cost_of_cutting(costs: Costs, number: int) -> int:
     """Returns the number of steps, of about a microsecond each, that `cut_chain` takes for a number
     of tensor groups."""
     elements = number**2 * (len(costs.model.layers) + 1) ** 2
-    return int(min(number, DEEPEST) * (elements / 200 + 1.5 * number**2) + 200)
+    return int(min(number, DEEPEST) * (elements / 340 + 0.9 * number**2) + 120)
 
 
 Chains = Iterator[tuple[int, list[Strategy]]]
@@ -173,8 +174,7 @@ def chains(costs: Costs, chance: Random) -> Chains:
     every order, then, without end, in orders drawn at random and as one pipeline or two."""
     batch = costs.job.global_batch
     for groups in rows_by_type(costs):
-        sizes = divisors(batch)
-        for rows in sizes[:: -(-len(sizes) // ROWS)]:
+        for rows in sorted(divisors(batch), key=lambda r: (max(r, batch / r), r))[:ROWS]:
             found = _scheduled([(each,) for each in _pipelines(costs, groups, rows, batch)])
             yield cost_of_cutting(costs, len(groups)), found
     while True:

@@ -53,7 +53,7 @@ ROUGH = 0.01
 """Share by which the quick clock may be slower than the simulator, or faster where messages do not
 meet."""
 
-SPREAD = 0.03
+SPREAD = 0.06
 """Share by which the closed form may overestimate what the simulator finds.
 (`python benchmarks/closed_form.py`)"""
 
