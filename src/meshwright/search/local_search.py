@@ -119,7 +119,7 @@ def _try_templates(search: LocalSearch, tell: Progress) -> None:
     """Plays the best strategies made of templates on whole device classes."""
     tell("composing", 0, TEMPLATE_STRATEGIES)
     incumbent = search.incumbent
-    found = islice(_templates(search), TEMPLATE_STRATEGIES)
+    found = islice(_varied(_templates(search)), TEMPLATE_STRATEGIES)
     ordered = sorted(
         (rate(search, strategy), number, strategy) for number, strategy in enumerate(found)
     )
