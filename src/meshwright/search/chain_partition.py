@@ -10,6 +10,7 @@ from itertools import islice
 from random import Random
 
 import numpy as np
+from numpy.typing import NDArray
 
 from meshwright.plan.spec import ScheduleName
 from meshwright.search.boundary_prices import boundary_prices
@@ -43,6 +44,10 @@ SCHEDULES: tuple[ScheduleName, ...] = ("1f1b", "gpipe")
 DEEPEST = 24
 """Most stages that are looked at."""
 
+Choices = tuple[NDArray[np.int_], NDArray[np.int_]]
+"""Where the best stage ends [N + 1, L + 1] that begins at each tensor group and layer: the tensor
+group after its last one, and the layer after its last one."""
+
 Table = list[Array]
 """Seconds [J, L + 1, L + 1], for each group i, of stages with groups [i, i + 1), [i, i + 2), ..."""
 
@@ -59,56 +64,62 @@ def cut_chain(
     asked for.
     """
     number, layers = len(groups), len(costs.model.layers)
-    depth = min(number, layers, DEEPEST)
     borders = _borders(costs, groups, rows)
     best = np.full((number + 1, layers + 1), np.inf)
     best[number, layers] = 0.0
-    ways: list[Array] = [best]
-    most = min(depth, micro_batches)
-    tables = {held: _table(costs, groups, rows, micro_batches, held) for held in {1, most}}
-    ample = all(map(np.array_equal, tables[1], tables[most]))
+    choices: list[Choices] = []
     found = []
-    for k in range(1, depth + 1):
+    depth = min(number, layers, DEEPEST)
+    tables = _tables(costs, groups, rows, micro_batches, depth)
+    for k, table in enumerate(tables, start=1):
         raise_if_stopped()
-        held = min(k, micro_batches)
-        if held not in tables:
-            tables[held] = tables[1] if ample else _table(costs, groups, rows, micro_batches, held)
-        after = np.maximum(ways[-1], borders)
-        ways.append(_one_stage_more(tables[held], after))
-        if np.isfinite(ways[k][0, 0]):
-            seconds = float(ways[k][0, 0]) * (micro_batches - 1 + k)
+        best, choice = _one_stage_more(table, np.maximum(best, borders))
+        choices.append(choice)
+        if np.isfinite(best[0, 0]):
+            seconds = float(best[0, 0]) * (micro_batches - 1 + k)
             found.append((seconds, k))
     for seconds, k in sorted(found):
-        yield seconds, _traced(groups, ways, tables, borders, k, micro_batches)
+        yield seconds, _traced(groups, choices[:k])
 
 
-def _one_stage_more(table: Table, after: Array) -> Array:
+def _tables(
+    costs: Costs, groups: Sequence[TensorGroup], rows: int, micro_batches: int, depth: int
+) -> Iterator[Table]:
+    """Yields the table of the stage that is the last of the row, the last but one, and so on: the
+    earlier, the more micro-batches it holds. They are large, so that no two are kept."""
+    table = _table(costs, groups, rows, micro_batches, 1)
+    yield table
+    most = min(depth, micro_batches)
+    ample = all(map(np.array_equal, table, _table(costs, groups, rows, micro_batches, most)))
+    for k in range(2, depth + 1):
+        if not ample and k <= most:
+            table = _table(costs, groups, rows, micro_batches, k)
+        yield table
+
+
+def _one_stage_more(table: Table, after: Array) -> tuple[Array, Choices]:
     """Returns the least of the worst [N + 1, L + 1] over all stages that begin at each tensor group
-    and layer, if `after` follows."""
+    and layer, if `after` follows, and where those stages end."""
     best = np.full(after.shape, np.inf)
+    groups, layers = np.zeros(after.shape, dtype=int), np.zeros(after.shape, dtype=int)
+    at = np.arange(after.shape[1])
     for i, loads in enumerate(table):
-        ends = after[i + 1 : i + 1 + len(loads), None, :]
-        best[i] = np.maximum(loads, ends).min(axis=0).min(axis=1)
-    return best
+        worst = np.maximum(loads, after[i + 1 : i + 1 + len(loads), None, :])
+        least = worst.min(axis=2)
+        more = least.argmin(axis=0)
+        best[i] = least[more, at]
+        groups[i] = i + 1 + more
+        layers[i] = worst[more, at].argmin(axis=1)
+    return best, (groups, layers)
 
 
-def _traced(
-    groups: Sequence[TensorGroup],
-    ways: Sequence[Array],
-    tables: dict[int, Table],
-    borders: Array,
-    depth: int,
-    micro_batches: int,
-) -> Stages:
+def _traced(groups: Sequence[TensorGroup], choices: Sequence[Choices]) -> Stages:
+    """Returns the stages of the best way, from the first tensor group on."""
     stages, i, a = [], 0, 0
-    for k in range(depth, 0, -1):
-        after = np.maximum(ways[k - 1], borders)
-        loads = tables[min(k, micro_batches)][i][:, a, :]
-        worst = np.maximum(loads, after[i + 1 : i + 1 + len(loads)])
-        more, b = np.unravel_index(int(worst.argmin()), worst.shape)
-        j = i + 1 + int(more)
+    for ends, layers in reversed(choices):
+        j = int(ends[i, a])
         stages.append(tuple(groups[i:j]))
-        i, a = j, int(b)
+        i, a = j, int(layers[i, a])
     return tuple(stages)
 
 

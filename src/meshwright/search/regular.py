@@ -46,6 +46,10 @@ PROMISING = 20
 """Steps (about a microsecond each) that it takes to write a regular pipeline down and to say what
 it promises."""
 
+UNTIL_ONE_FITS = 500
+"""Regular pipelines that get cuts as long as none fits: the most promising, and as many of the
+others, evenly drawn."""
+
 AT_LEAST = 64
 """Regular pipelines that get cuts however short the time is, unless one of them fits."""
 
@@ -136,14 +140,15 @@ def promise(costs: Costs, pipeline: RegularPipeline) -> float:
 def explore(search: LocalSearch, tell: Progress) -> Explored:
     """Returns the best regular pipeline in closed form, of those that promise most.
 
-    As many are looked at as the search may take steps; but until one fits, all of them, and once
-    it is out of time, AT_LEAST of them.
+    As many are looked at as the search may take steps; but until one fits, UNTIL_ONE_FITS of them
+    and some of the others, and once it is out of time, AT_LEAST of them.
     """
     costs, incumbent = search.incumbent.costs, search.incumbent
     found: dict[Strategy, float] = {}
     misfits: list[RegularPipeline] = []
     alike: Counter[object] = Counter()
     queue = _most_promising(costs)
+    every_so_many = -(-len(queue) // UNTIL_ONE_FITS)
     search.left -= PROMISING * len(queue)
     for done, pipeline in enumerate(queue):
         enough = found or (done >= AT_LEAST and incumbent.out_of_time)
@@ -154,7 +159,8 @@ def explore(search: LocalSearch, tell: Progress) -> Explored:
             tell("searching", done, len(queue))
         raise_if_stopped()
         build = pipeline.widths[1:]
-        if alike[build] == ALIKE:
+        left_out = not found and done > UNTIL_ONE_FITS and done % every_so_many
+        if left_out or alike[build] == ALIKE:
             incumbent.pruned["regular pipelines that promise less"] += 1
             continue
         strategy = _fitted(search, pipeline)
