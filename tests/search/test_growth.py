@@ -29,7 +29,7 @@ GROWS = 1.5 * MORE / FEWER
 """Calls on the larger cluster over those on the smaller, at most: proportional, and some more since
 other plans are chosen."""
 
-FOR_EACH = 100
+FOR_EACH = 150
 """Calls for each device up to which a function may be called as often as it likes: list schedules
 have a fixed allowance that small clusters do not use up."""
 
