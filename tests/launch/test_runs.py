@@ -110,6 +110,7 @@ def attack(port: int, sentinel: Path) -> int:
     return store.num_keys()
 
 
+@pytest.mark.slow
 def test_during_a_run_only_the_loopback_listens_and_no_one_else_gets_in(
     planned: Path, tmp_path: Path
 ) -> None:

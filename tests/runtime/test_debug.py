@@ -46,6 +46,7 @@ def losses(_: int, cases: list[Case]) -> list[tuple[float, float]]:
     return [(a[-1], b[-1]) for a, b in zip(found[::2], found[1::2], strict=True)]
 
 
+@pytest.mark.slow
 def test_debugging_changes_no_number() -> None:
     for plain, debugged in run_ranks(2, losses, [TWO, SPLIT])[0]:
         assert plain == debugged

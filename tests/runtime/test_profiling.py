@@ -185,6 +185,7 @@ def test_emulated_devices_are_measured_again_where_their_speed_refers_to_another
     assert profile_here(emulated, processes=1)[1] is False
 
 
+@pytest.mark.slow
 def test_two_processes_measure_layers_optimizer_and_links(tmp_path):
     cluster = tmp_path / "c.toml"
     cluster.write_text(

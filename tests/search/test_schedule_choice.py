@@ -200,7 +200,7 @@ def test_the_search_takes_the_order_that_suits_the_plan():
     assert found.prediction.step_seconds <= min(rivals, default=float("inf")) * (1 + 2e-3)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_an_order_that_leaves_messages_more_time_wins_where_they_meet(monkeypatch):
     graph = load_model("gpt2-medium", 1024, "fp16")
     where = load_cluster(EXAMPLES / "clusters" / "v100-16.toml")

@@ -45,8 +45,8 @@ DEEPEST = 24
 """Most stages that are looked at."""
 
 Choices = tuple[NDArray[np.int_], NDArray[np.int_]]
-"""Where the best stage ends [N + 1, L + 1] that begins at each tensor group and layer: the tensor
-group after its last one, and the layer after its last one."""
+"""Say where the best stage ends [N + 1, L + 1] that begins at each tensor group and layer: the
+tensor group and the layer after its last ones."""
 
 Table = list[Array]
 """Seconds [J, L + 1, L + 1], for each group i, of stages with groups [i, i + 1), [i, i + 2), ..."""
