@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from itertools import accumulate, groupby
+from itertools import accumulate
 
 from meshwright.program.actions import Action, Order
 from meshwright.program.operations import Op
@@ -52,19 +52,6 @@ def to_codes(orders: Sequence[Order]) -> list[Codes]:
         [4 * a.stage + CODES[a.op] for a in order for _ in range(a.last - a.first)]
         for order in orders
     ]
-
-
-def with_batched_end(order: Order) -> Order:
-    """Joins the weight parts of each stage at the end of an order into one action."""
-    end = len(order)
-    while order[end - 1].op is Op.BACKWARD_WEIGHT:
-        end -= 1
-    joined = (
-        (own[0]._replace(last=own[-1].last))
-        for _, weights in groupby(order[end:], key=lambda action: action.stage)
-        for own in [list(weights)]
-    )
-    return (*order[:end], *joined)
 
 
 def peak(own: Codes, changes: Sequence[float]) -> float:

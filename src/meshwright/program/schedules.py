@@ -12,8 +12,8 @@ from functools import lru_cache
 
 from meshwright.plan.ranks import EXPLICIT_SCHEDULES, StageLayout
 from meshwright.plan.spec import ScheduleName
-from meshwright.program.actions import Order
-from meshwright.program.codes import B, Codes, F, I, W, peak, to_orders, with_batched_end
+from meshwright.program.actions import Order, with_joined_weights
+from meshwright.program.codes import B, Codes, F, I, W, peak, to_orders
 
 
 def interleaved(groups: int, chunks: int, micro_batches: int) -> list[Codes]:
@@ -223,7 +223,7 @@ def schedule_orders(
     """Returns the order of every pipeline rank by a schedule's rule, with the weight parts at its
     end as one action for each stage if the schedule batches them."""
     orders = to_orders(schedule_codes(schedule, layout, micro_batches))
-    return tuple(map(with_batched_end, orders)) if schedule.endswith("-batched") else orders
+    return tuple(map(with_joined_weights, orders)) if schedule.endswith("-batched") else orders
 
 
 def in_flight(schedule: ScheduleName, stage: int, stages: int, micro_batches: int) -> int:

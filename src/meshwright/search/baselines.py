@@ -13,7 +13,7 @@ from meshwright.search.candidate import CandidatePipeline, StageDevices, excess_
 from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.costs import Costs, group_times
 from meshwright.search.layer_partition import Stages
-from meshwright.search.space import divisors, usable_devices
+from meshwright.search.space import divisors, legal_widths, usable_devices
 from meshwright.stopping import raise_if_stopped
 
 WORD_BYTES = 4
@@ -77,9 +77,8 @@ def _all_widths(costs: Costs) -> Iterator[Widths]:
     """Yields the widths that use all devices."""
     devices = usable_devices(costs)
     per_node = Counter(device.node for device in devices)
-    units = {layer.along("tensor").units for layer in costs.model.layers}
-    for tensor in divisors(len(devices)):
-        if any(count % tensor for count in (*per_node.values(), *units)):
+    for tensor in legal_widths(costs):
+        if any(count % tensor for count in per_node.values()):
             continue
         for data in divisors(len(devices) // tensor):
             stages = len(devices) // tensor // data

@@ -148,12 +148,13 @@ def pipeline_label(pipeline: CandidatePipeline) -> str:
 
 
 def strategy_label(
-    pipelines: Sequence[CandidatePipeline], schedule: ScheduleName, missing: int = 0
+    costs: Costs, pipelines: Sequence[CandidatePipeline], schedule: ScheduleName
 ) -> str:
     """Returns one line that tells a strategy from its neighbours."""
     text = " + ".join(pipeline_label(pipeline) for pipeline in pipelines)
     if any(len(pipeline.stages) > 1 for pipeline in pipelines):
         text += f" {schedule}"
+    missing = len(costs.devices) - sum(len(pipeline.devices) for pipeline in pipelines)
     return text + (f" without {missing} devices" if missing else "")
 
 

@@ -90,7 +90,9 @@ def _tables(
     table = _table(costs, groups, rows, micro_batches, 1)
     yield table
     most = min(depth, micro_batches)
-    ample = all(map(np.array_equal, table, _table(costs, groups, rows, micro_batches, most)))
+    ample = most == 1 or all(
+        map(np.array_equal, table, _table(costs, groups, rows, micro_batches, most))
+    )
     for k in range(2, depth + 1):
         if not ample and k <= most:
             table = _table(costs, groups, rows, micro_batches, k)

@@ -195,7 +195,7 @@ def fills(parts: int, whole: int) -> bool:
 def blocks_for(groups: int, width: int) -> tuple[int, ...]:
     """Returns the numbers of replicas of one stage that may stand beside each other on a node with
     `groups` tensor groups."""
-    return tuple(block for block in divisors(width) if block <= groups and fills(block, groups))
+    return tuple(block for block in divisors(width) if fills(block, groups))
 
 
 def nodes_for(groups: int, depth: int, width: int, block: int) -> int:

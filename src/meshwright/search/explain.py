@@ -65,7 +65,7 @@ def misfit_as_runner_up(costs: Costs, misfit: CandidatePipeline, title: str = ""
 
 def pipeline_title(costs: Costs, pipeline: CandidatePipeline) -> str:
     """Returns the name of a plan of one pipeline in 1F1B among the runners-up."""
-    return strategy_label((pipeline,), "1f1b", len(costs.devices) - len(pipeline.devices))
+    return strategy_label(costs, (pipeline,), "1f1b")
 
 
 def nothing_fits(costs: Costs, misfits: Iterable[CandidatePipeline], tried: int) -> FitError:

@@ -46,8 +46,7 @@ def plain_plan(incumbent: Incumbent) -> Evaluated | None:
     if work_of(costs, plan) > MOST_WORK:
         return None
     seconds = simulated(costs, plan).step_seconds
-    missing = len(costs.devices) - len(plan.devices)
-    return Evaluated(strategy_label(pipelines, schedule, missing), plan, seconds)
+    return Evaluated(strategy_label(costs, pipelines, schedule), plan, seconds)
 
 
 def _fitting(costs: Costs) -> Iterator[Strategy]:

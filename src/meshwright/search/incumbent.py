@@ -177,8 +177,7 @@ def try_candidate(incumbent: Incumbent, strategy: Strategy) -> bool:
         incumbent.pruned["too much to simulate in what is left of the budget"] += 1
         return False
     incumbent.work -= work
-    missing = len(costs.devices) - len(plan.devices)
-    evaluated = simulate_and_record(incumbent, plan, strategy_label(pipelines, schedule, missing))
+    evaluated = simulate_and_record(incumbent, plan, strategy_label(costs, pipelines, schedule))
     if incumbent.best is evaluated:
         return True
     incumbent.pruned["slower in the simulator"] += 1

@@ -207,10 +207,10 @@ def _proof(incumbent: Incumbent, seen: _Seen) -> Certificate:
 def _play_first(incumbent: Incumbent, explored: Explored) -> None:
     """Simulates the best regular pipeline."""
     if explored.best:
-        schedule, (pipeline,) = explored.best
-        plan = plan_of(incumbent.costs, (pipeline,), schedule, incumbent.cluster_print)
-        missing = len(incumbent.costs.devices) - len(plan.devices)
-        simulate_and_record(incumbent, plan, strategy_label((pipeline,), schedule, missing))
+        schedule, pipelines = explored.best
+        plan = plan_of(incumbent.costs, pipelines, schedule, incumbent.cluster_print)
+        title = strategy_label(incumbent.costs, pipelines, schedule)
+        simulate_and_record(incumbent, plan, title)
 
 
 def _misfit_plans(incumbent: Incumbent, explored: Explored) -> tuple[Plan, ...]:

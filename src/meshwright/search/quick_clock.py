@@ -80,6 +80,7 @@ def pipeline_works(plan: Plan, costs: Costs) -> list[Work]:
         def column(key: str, stages: list[int] = own) -> tuple[float, ...]:
             return tuple(by_stage.get((n, key), 0.0) for n in stages)
 
+        weights = column(Op.BACKWARD_WEIGHT)
         works.append(
             Work(
                 layout=stage_layout(pipeline),
@@ -87,7 +88,7 @@ def pipeline_works(plan: Plan, costs: Costs) -> list[Work]:
                 forward=column(Op.FORWARD),
                 whole=column(Op.BACKWARD),
                 inputs=column(Op.BACKWARD_INPUT),
-                weights=(weights := column(Op.BACKWARD_WEIGHT)),
+                weights=weights,
                 onward=tuple(seconds.get((n, Op.SEND_F), 0.0) for n in own[:-1]),
                 back=tuple(seconds.get((n, Op.SEND_B), 0.0) for n in own[1:]),
                 full=column("full"),

@@ -150,7 +150,7 @@ def _tensor_widths(context: EstimateContext) -> tuple[int, ...]:
     """Returns the widths that divide every layer and leave little of some node unused."""
     sizes = {device_class.each for device_class in context.classes}
     widths = legal_widths(context.costs)
-    return tuple(w for w in widths if any(w <= each and fills(w, each) for each in sizes))
+    return tuple(w for w in widths if any(fills(w, each) for each in sizes))
 
 
 def _unlike(

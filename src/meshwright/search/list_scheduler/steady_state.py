@@ -10,13 +10,11 @@ from meshwright.plan.spec import ScheduleName
 from meshwright.program.codes import B, Codes, I
 from meshwright.program.schedules import schedule_codes
 from meshwright.program.work import Work, group_ends, last_backwards, play
+from meshwright.search.pipeline_seconds import Span
 
 ROUNDS, LEAST = 3, 24
 """Micro-batches in which a pipeline comes to run evenly: so many times its stages, and at least so
 many."""
-
-Spans = list[tuple[float, float]]
-"""Begin and end of the last backward of every stage."""
 
 
 def shortened(work: Work) -> Work:
@@ -32,12 +30,12 @@ def extrapolated(work: Work, short: Work, codes: Sequence[Codes]) -> float:
     return max(group_ends(work, ends)) + _later(work, short, codes, ends)
 
 
-def played_spans(work: Work, codes: Sequence[Codes]) -> Spans:
+def played_spans(work: Work, codes: Sequence[Codes]) -> list[Span]:
     """Returns the last backward of every stage in an order."""
     return last_backwards(work, codes, _played(work, codes))
 
 
-def last_of_many(work: Work, name: ScheduleName) -> Spans:
+def last_of_many(work: Work, name: ScheduleName) -> list[Span]:
     """Returns about the same for a schedule with a rule."""
     short = shortened(work)
     codes = schedule_codes(name, short.layout, short.micro_batches)

@@ -141,8 +141,7 @@ def in_fastest_orders(
             yield Pruned("slower by the quick clock")
             continue
         played, spent = played + 1, spent + work
-        plan = each.plan
-        simulated = yield Proposal(plan, describe_plan(plan))
+        simulated = yield _proposal(each)
         if simulated and simulated is incumbent.best:
             best = each
         if simulated and simulated.seconds > each.seconds * (1 + ROUGH):
@@ -160,8 +159,7 @@ def _looked_for_longer(costs: Costs, best: OrderedPlan) -> Proposals:
     if listed is None or listed.orders == best.orders:
         return
     if best.margin > 1.0 or listed.seconds < best.seconds * (1 - SAME):
-        plan = listed.plan
-        yield Proposal(plan, describe_plan(plan))
+        yield _proposal(listed)
 
 
 def _with_margins(
@@ -185,11 +183,15 @@ def _with_margins(
                 continue
             seen.append(listed.orders)
             left -= work
-            plan = listed.plan
-            simulated = yield Proposal(plan, describe_plan(plan))
+            simulated = yield _proposal(listed)
             if simulated and simulated is incumbent.best:
                 best = listed
     return best
+
+
+def _proposal(ordered: OrderedPlan) -> Proposal:
+    plan = ordered.plan
+    return Proposal(plan, describe_plan(plan))
 
 
 def _as_fast(one: OrderedPlan, other: OrderedPlan) -> bool:
