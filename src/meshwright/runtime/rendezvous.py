@@ -19,6 +19,11 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+# Its functions keep the default group that stands when it is first imported as a default argument.
+# torch.optim imports it, so a run's group would never be freed, and the group's threads, still
+# there when the interpreter ends, can abort the process.
+import torch.distributed.nn
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from meshwright.errors import LaunchError, Problem, TrainingError
