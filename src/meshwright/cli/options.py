@@ -38,6 +38,15 @@ class OptimizerChoice(StrEnum):
     SGD = "sgd"
 
 
+class RuntimeChoice(StrEnum):
+    """Lists the systems that may run a plan."""
+
+    MESHWRIGHT = "meshwright"
+    MEGATRON = "megatron"
+    DEEPSPEED = "deepspeed"
+    FSDP = "fsdp"
+
+
 class ObjectiveChoice(StrEnum):
     """Lists what a plan can be chosen for: the shortest step, or the lowest cost of a token."""
 
@@ -64,6 +73,13 @@ SequenceOption = Annotated[int, typer.Option(help="Tokens per row.")]
 PrecisionOption = Annotated[
     PrecisionChoice | None,
     typer.Option(help="Default: the fastest that every device supports."),
+]
+RuntimeOption = Annotated[
+    RuntimeChoice,
+    typer.Option(
+        help="The system that will run the plan: the step is predicted with its habits where "
+        "nothing was measured (fsdp: PyTorch's FSDP and pipelines)."
+    ),
 ]
 MeasuredTimes = Annotated[Path | None, typer.Option("--profile", help="Measured times.")]
 PricesOption = Annotated[

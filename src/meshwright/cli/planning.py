@@ -29,6 +29,8 @@ from meshwright.cli.options import (
     PrecisionOption,
     PricesOption,
     ProfileOption,
+    RuntimeChoice,
+    RuntimeOption,
     SequenceOption,
     app,
     check_outputs,
@@ -54,6 +56,7 @@ def plan(
     sequence: SequenceOption = 1024,
     precision: PrecisionOption = None,
     optimizer: OptimizerChoice = OptimizerChoice.ADAMW,
+    runtime: RuntimeOption = RuntimeChoice.MESHWRIGHT,
     profile: MeasuredTimes = None,
     output: NewPlanFile = Path("plan.json"),
     budget: BudgetOption = None,
@@ -81,6 +84,7 @@ def plan(
             sequence=sequence,
             precision=precision.value if precision else None,
             optimizer=optimizer.value,
+            runtime=runtime.value,
         )
         for warning in session.warnings:
             say(f"warning: {warning}", to_errors=True)
@@ -152,6 +156,10 @@ def simulate(
     plan_file: PlanFile,
     cluster: ClusterOption = None,
     profile: ProfileOption = None,
+    runtime: Annotated[
+        RuntimeChoice | None,
+        typer.Option(help="The system that runs it; default: the plan's own."),
+    ] = None,
     trace: TraceOption = None,
     program: Annotated[Path | None, typer.Option(help="Write the program as text.")] = None,
     report: PageOption = None,
@@ -164,7 +172,9 @@ def simulate(
 
     check_outputs(trace, program, report)
     terms = money_terms(prices)
-    session, found = reopen_plan(plan_file, cluster=cluster, profile=profile)
+    session, found = reopen_plan(
+        plan_file, cluster=cluster, profile=profile, runtime=runtime.value if runtime else None
+    )
     timeline = simulate_priced(found)
     timeline_summary(found.plan, timeline)
     expense = expense_text(found.plan, session, terms, timeline.step_seconds)
@@ -307,7 +317,8 @@ def export(
     from meshwright import files
     from meshwright.plan.files import save_plan
     from meshwright.plan.ranks import describe_plan
-    from meshwright.workflows.export_plan import export_plan
+    from meshwright.units import format_seconds
+    from meshwright.workflows.export_plan import export_plan, seconds_there
     from meshwright.workflows.session import reopen_plan
 
     files.check_folder(output)
@@ -319,6 +330,8 @@ def export(
         say(f"wrote {output / name}")
     for sentence in found.not_expressed:
         say(f"not expressed: {sentence}")
+    seconds = seconds_there(session, found.plan, to)
+    say(f"predicted there: {format_seconds(seconds)} a step, with the habits of its runtime")
     if found.plan != opened.plan:
         save_plan(found.plan, output / "plan.json")
         say(f"wrote {output / 'plan.json'}: the nearest plan, {describe_plan(found.plan)}")
