@@ -1,6 +1,6 @@
 """Predictions of published runs with no constant fitted to them: each set of runs is left out.
 
-    python benchmarks/without_fit.py --data FOLDER [--json OUT]
+    python benchmarks/without_fit.py --data FOLDER [--pairs] [--json OUT]
 
 FOLDER holds amp/, llmfoundry/ and vtrain/. The constants are those that ship for the system that
 ran the set (`cost/runtimes.py`); of AMP's trials, whose layers' forwards are published, the host's
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import fsdp_runs
@@ -22,7 +23,7 @@ import numpy as np
 import vtrain_runs
 from amp_trials import Predictor, fit_to, judge
 from beliefs import FSDP_PRIOR, MEGATRON_PRIOR
-from grids import predict
+from grids import Trial, predict
 from numpy.typing import NDArray
 from scores import kendall_tau, spearman, summary, write
 
@@ -46,6 +47,8 @@ class LeftOut:
     regret: float | None = None
     """Measured seconds of the layout that is predicted to be best, over the best; the median over
     the groups. None where a group holds no choice of layouts."""
+    pieces: Array | None = None
+    """Stages times micro-batches of each run."""
 
     @property
     def ratios(self) -> Array:
@@ -66,7 +69,8 @@ def amp(data: Path) -> list[LeftOut]:
         figures = judge(own, constants)
         predicted = own.seconds(constants, own.ran)
         one = [0] * len(own.ran)
-        found.append(LeftOut(name, predicted, own.measured[own.ran], one, figures["regret"]))
+        each = pieces([own.trials[i] for i in own.ran])
+        found.append(LeftOut(name, predicted, own.measured[own.ran], one, figures["regret"], each))
     return found
 
 
@@ -76,9 +80,8 @@ def vtrain(path: Path) -> LeftOut:
     trials = vtrain_runs.recomputed_where_needed(worlds, plain)
     predicted = predict(worlds, trials, MEGATRON_PRIOR, np.arange(len(trials)))
     groups = [(t.world, t.batch) for t in trials]
-    return LeftOut(
-        "vTrain", predicted, measured, groups, median_regret(predicted, measured, groups)
-    )
+    regret = median_regret(predicted, measured, groups)
+    return LeftOut("vTrain", predicted, measured, groups, regret, pieces(trials))
 
 
 def fsdp(folder: Path) -> LeftOut:
@@ -88,6 +91,11 @@ def fsdp(folder: Path) -> LeftOut:
     tokens = fsdp_runs.throughput(runs, np.ones(len(runs)))
     groups = [(run.name, *run.cluster.types) for run in runs]
     return LeftOut("FSDP", predicted / tokens, measured / tokens, groups)
+
+
+def pieces(trials: Sequence[Trial]) -> Array:
+    """The pieces of work that each trial's pipeline passes on in a step."""
+    return np.array([t.stages * t.batch / (t.data * t.rows) for t in trials])
 
 
 def median_regret(predicted: Array, measured: Array, groups: Sequence[object]) -> float:
@@ -140,11 +148,46 @@ def rank_correlation(own: LeftOut) -> float:
     )
 
 
+GAPS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2)
+
+
+def show_pairs(sets: Sequence[LeftOut]) -> None:
+    """Of pairs of layouts of one group: how often the one that was predicted to be faster was, by
+    how much it was predicted to be, and whether it has more pieces of work."""
+    print("| set | predicted gain | more pieces: pairs | right | fewer or as many: pairs | right |")
+    print("|---|---|---|---|---|---|")
+    for own in sets:
+        gains, finer, right = compared(own)
+        for low, high in pairwise(GAPS):
+            cells = []
+            for chosen in (finer, ~finer):
+                inside = chosen & (gains >= low) & (gains < high)
+                share = f"{right[inside].mean():.0%}" if inside.any() else ""
+                cells += [str(inside.sum()), share]
+            print(f"| {own.name} | {low:.0%} to {high:.0%} | {' | '.join(cells)} |")
+
+
+def compared(own: LeftOut) -> tuple[Array, NDArray[np.bool_], NDArray[np.bool_]]:
+    """Of every pair within a group: the predicted gain of the faster one, whether it has more
+    pieces, and whether it was measured to be faster."""
+    assert own.pieces is not None
+    gains, finer, right = [], [], []
+    for group in dict.fromkeys(own.groups):
+        inside = [index for index, each in enumerate(own.groups) if each == group]
+        for i, j in combinations(inside, 2):
+            fast, slow = (i, j) if own.predicted[i] <= own.predicted[j] else (j, i)
+            gains.append(own.predicted[slow] / own.predicted[fast] - 1)
+            finer.append(own.pieces[fast] > own.pieces[slow])
+            right.append(own.measured[fast] <= own.measured[slow])
+    return np.array(gains), np.array(finer), np.array(right)
+
+
 def main() -> int:
     """Print the table, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--pairs", action="store_true", help="how often the order of two is right")
     chosen = parser.parse_args()
     sets: list[LeftOut] = []
     if (chosen.data / "amp").is_dir():
@@ -156,7 +199,10 @@ def main() -> int:
     if not sets:
         print(f"skipped: {chosen.data} holds none of amp/, vtrain/ and llmfoundry/")
         return 0
-    write(chosen.json, dict(show(sets)))
+    figures = show(sets)
+    if chosen.pairs:
+        show_pairs([each for each in sets if each.pieces is not None])
+    write(chosen.json, dict(figures))
     return 0
 
 

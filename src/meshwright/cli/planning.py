@@ -18,6 +18,7 @@ from meshwright.cli.options import (
     FrontOption,
     JsonOption,
     LimitOption,
+    MarginOption,
     MeasuredTimes,
     ModelOption,
     NewPlanFile,
@@ -61,6 +62,7 @@ def plan(
     output: NewPlanFile = Path("plan.json"),
     budget: BudgetOption = None,
     forbid: ForbidOption = None,
+    margin: MarginOption = None,
     prices: PricesOption = None,
     objective: ObjectiveOption = ObjectiveChoice.TIME,
     limit: LimitOption = None,
@@ -73,7 +75,7 @@ def plan(
     with search_progress() as watch:
         from meshwright.workflows.session import open_session
 
-        limits = search_limits(budget, forbid)
+        limits = search_limits(budget, forbid, margin)
         check_outputs(output, front)
         terms = money_terms(prices, objective, limit, front)
         session = open_session(
@@ -271,7 +273,7 @@ def whatif(
         from meshwright.workflows.session import reopen_plan
         from meshwright.workflows.what_if import ClusterEdits, what_if
 
-        limits = search_limits(budget, forbid)
+        limits = search_limits(budget, forbid, margin=0.0)
         check_outputs(output)
         terms = money_terms(prices, objective, limit)
         told = {"without": without, "added": add, "settings": set_}
