@@ -22,6 +22,7 @@ from meshwright.search.pipeline_seconds import last_backwards
 from meshwright.search.quick_clock import pipeline_works
 from meshwright.search.reduction_estimate import reduced
 from meshwright.simulate.simulator import simulate_plan
+from plain_constants import PLAINLY
 from soaks import portion
 from strategies import small_worlds
 from worlds import NVLINK, cluster, freeze, job, model
@@ -35,7 +36,7 @@ MOST = 1 + 1e-9
 
 def simulated(costs, lines, schedule):
     plan = plan_of(costs, lines, schedule)
-    return simulate_plan(plan, costs.model, costs.cluster).step_seconds
+    return simulate_plan(plan, costs.model, costs.cluster, costs.profile).step_seconds
 
 
 def share_of_simulated(costs, lines, schedule):
@@ -160,7 +161,8 @@ def two_replicas(parameters, frozen=(), bandwidth=1e9):
     """One stage on two nodes, which sum its gradients."""
     network = Link(bandwidth=bandwidth, latency=0.0)
     graph = freeze(model([10.0, 10.0, 10.0], parameters=parameters), frozen)
-    costs = costs_of(graph, cluster(("fast",), ("fast",), network=network), job(4))
+    where = cluster(("fast",), ("fast",), network=network)
+    costs = costs_of(graph, where, job(4), PLAINLY)
     stage = StageDevices((("a:0",), ("b:0",)), (1, 1))
     return costs, CandidatePipeline((stage,), (0, 3), 2)
 
@@ -205,7 +207,7 @@ def test_pipelines_sum_the_gradients_of_the_layers_that_they_share():
 
 
 def test_a_mixed_stage_goes_at_its_slowest_replicas_pace():
-    costs = costs_of(model([100.0] * 4), cluster(("fast", "slow")), job(8))
+    costs = costs_of(model([100.0] * 4), cluster(("fast", "slow")), job(8), PLAINLY)
     mixed = StageDevices((("a:0",), ("a:1",)), (1, 1))
     prices = pipeline_prices(costs, CandidatePipeline((mixed,), (0, 4), 4))
     assert prices.forward[0] == pytest.approx(4 * 100e9 / 10e12)

@@ -10,6 +10,7 @@ from meshwright.cluster.spec import Link
 from meshwright.search.bounds import pipeline_bound
 from meshwright.search.candidate import CandidatePipeline, StageDevices
 from meshwright.search.costs import costs_of
+from plain_constants import PLAINLY
 from worlds import FAST, cluster, job, model
 
 FORWARD = 10e9 / 20e12
@@ -19,7 +20,7 @@ FORWARD = 10e9 / 20e12
 def bound(schedule: str, latency: float, micro_batches: int) -> float:
     """Of a layer on each of two nodes, between which a row takes 0.1 ms and the latency."""
     where = cluster(("fast",), ("fast",), network=Link(bandwidth=1e9, latency=latency))
-    costs = costs_of(model([10.0, 10.0], parameters=1000), where, job(micro_batches))
+    costs = costs_of(model([10.0, 10.0], parameters=1000), where, job(micro_batches), PLAINLY)
     line = CandidatePipeline(
         (StageDevices((("a:0",),), (1,)), StageDevices((("b:0",),), (1,))), (0, 1, 2), micro_batches
     )

@@ -197,6 +197,9 @@ CONSTANTS = {
 }
 """Every constant that can be fitted, by its field name in DeviceConstants or SystemConstants."""
 
+ADDED = frozenset({"layer_overhead", "ring_step", "instruction", "boundary", "step"})
+"""Constants that add seconds: 0 leaves them out."""
+
 DEVICE_NAMES = tuple(each.name for each in fields(DeviceConstants))
 SYSTEM_NAMES = tuple(each.name for each in fields(SystemConstants))
 
@@ -278,12 +281,14 @@ def system_constants(calibration: Calibration | None) -> SystemConstants:
 
 
 def implausible(calibration: Calibration, source: str) -> Iterator[Problem]:
-    """Yields one Problem for every constant outside its plausible range; default values always
-    pass."""
+    """Yields one Problem for every constant outside its plausible range; default values and those
+    that leave an added time out always pass."""
     mend = "calibrate again, or correct the file"
+    held = [(f"devices.{kind}", constants) for kind, constants in calibration.devices.items()]
+    held += [("others", calibration.others)] if calibration.others else []
     found = [
-        (f"devices.{kind}.{name}", name, getattr(constants, name), getattr(DEFAULT_DEVICE, name))
-        for kind, constants in calibration.devices.items()
+        (f"{where}.{name}", name, getattr(constants, name), getattr(DEFAULT_DEVICE, name))
+        for where, constants in held
         for name in DEVICE_NAMES
     ]
     found += [
@@ -292,7 +297,8 @@ def implausible(calibration: Calibration, source: str) -> Iterator[Problem]:
     ]
     for where, name, value, default in found:
         known = CONSTANTS[name]
-        if value not in (None, default) and not known.low <= value <= known.high:
+        usual = (None, default, 0.0) if name in ADDED else (None, default)
+        if value not in usual and not known.low <= value <= known.high:
             wanted = f"{known.low:g} to {known.high:g} {known.unit}"
             yield Problem(source, where, f"{value:g}", wanted, mend)
 

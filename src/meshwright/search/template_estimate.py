@@ -31,7 +31,7 @@ from meshwright.search.costs import (
     stage_bytes,
 )
 from meshwright.search.device_classes import DeviceClass, PipelineTemplate, StageRun
-from meshwright.search.pipeline_seconds import Order, PipelinePrices
+from meshwright.search.pipeline_seconds import Order, PipelinePrices, add_host, let_senders_wait
 
 Ints = NDArray[np.int64]
 
@@ -289,22 +289,22 @@ def _prices(
     context: EstimateContext, template: PipelineTemplate, bounds: tuple[int, ...]
 ) -> PipelinePrices:
     costs, stages = context.costs, template.stages
-    host = costs.system.instruction
     forward, backward, inputs, weights, held = [], [], [], [], []
     for (run, rows), (a, b) in zip(stages, pairwise(bounds), strict=True):
         ahead, back, _ = prefixes(context, run.device_class, run.tensor, rows)
         group = context.classes[run.device_class].nodes[0][: run.tensor]
         first, later = split_prefix(costs, group, rows)
-        forward.append(ahead[b] - ahead[a] + host)
-        backward.append(back[b] - back[a] + host)
-        inputs.append(first[b] - first[a] + host)
-        weights.append(later[b] - later[a] + host)
+        forward.append(ahead[b] - ahead[a])
+        backward.append(back[b] - back[a])
+        inputs.append(first[b] - first[a])
+        weights.append(later[b] - later[a])
         held.append(micro_batches_held(costs, group, rows, (a, b)))
     moved = [
         transfer_seconds(context, template, s, stages[s][0], stages[s + 1][0])
         for s in range(len(stages) - 1)
     ]
-    return PipelinePrices(forward, backward, inputs, weights, held, moved, moved, 0.0)
+    found = PipelinePrices(forward, backward, inputs, weights, held, moved, moved, 0.0)
+    return let_senders_wait(add_host(found, costs.system.instruction), costs.system.send_exposure)
 
 
 def hop_latency(costs: Costs, link: Link) -> float:

@@ -17,6 +17,7 @@ from meshwright.plan.spec import Plan
 from meshwright.program.compile import compile_plan
 from meshwright.program.operations import Op
 from meshwright.techniques.backward_split.price import backward_shares
+from plain_constants import plain
 from worlds import DEVICE, even_model, even_plan, in_a_row, layer, one_node
 
 MODEL, CLUSTER = even_model(4), one_node(4)
@@ -24,9 +25,7 @@ MODEL, CLUSTER = even_model(4), one_node(4)
 
 def measured(points: Sequence[tuple[int, float, float, float]]) -> Profile:
     """Rows, seconds of the whole backward, of its first part, of its second."""
-    return Profile(
-        model="even",
-        sequence=1,
+    return plain(
         layers=tuple(
             LayerTime(
                 device="g",
