@@ -56,12 +56,15 @@ def add_host(prices: PipelinePrices, host: float) -> PipelinePrices:
 
 
 def let_senders_wait(prices: PipelinePrices, exposure: float) -> PipelinePrices:
-    """Adds to the work of every stage the part of its messages for which it waits."""
+    """Adds to the work of every stage the part of its messages for which it waits: what is left of
+    a message is on its way while the sender goes on."""
     if exposure:
         for cut, (ahead, back) in enumerate(zip(prices.ahead, prices.back, strict=True)):
             prices.forward[cut] += exposure * ahead
             prices.backward[cut + 1] += exposure * back
             prices.inputs[cut + 1] += exposure * back
+        prices.ahead = [each * (1 - exposure) for each in prices.ahead]
+        prices.back = [each * (1 - exposure) for each in prices.back]
     return prices
 
 

@@ -74,6 +74,7 @@ class _Done:
     computed: list[Executed] = field(default_factory=list)
     received: list[Executed] = field(default_factory=list)
     norm: list[Executed] = field(default_factory=list)
+    sent: list[Executed] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -90,6 +91,8 @@ class _LookedUp:
     """What was received, by operation, stage and micro-batch."""
     channels: dict[tuple[Op, int | None], InOrder] = field(default_factory=dict)
     """The same by operation and the rank that sends."""
+    sent: InOrder = field(default_factory=lambda: InOrder(()))
+    """What was sent."""
 
 
 class _CriticalPath:
@@ -107,6 +110,8 @@ class _CriticalPath:
                 self.ranks[each[0]].computed.append(each)
             elif op.stream == "receive":
                 self.ranks[each[0]].received.append(each)
+            elif op.stream == "send":
+                self.ranks[each[0]].sent.append(each)
             elif op.of_gradients:
                 self.reductions.append(each)
             elif op.awaits == "all":
@@ -115,6 +120,7 @@ class _CriticalPath:
             rank: InOrder(own.computed) for rank, own in sorted(self.ranks.items()) if own.computed
         }
         self.known: dict[int, _LookedUp] = {}
+        self.measured = isinstance(step, Timeline) and step.source == "measured"
 
     def indexed(self, rank: int) -> _LookedUp:
         """Returns the index of a rank."""
@@ -130,6 +136,7 @@ class _CriticalPath:
             index.reads[i.op, i.stage, i.micro_batch].append(each)
             channels[i.op, i.peer].append(each)
         index.channels = {key: InOrder(own) for key, own in channels.items()}
+        index.sent = InOrder(sorted(self.ranks[rank].sent, key=lambda each: each[3]))
         return index
 
     def latest(self, every: Iterable[Executed], before: float) -> list[Executed]:
@@ -155,7 +162,8 @@ class _CriticalPath:
             return [*own, *(gate for group in ends for gate in self.latest(group, before))]
         if i.op.stream == "compute":
             read = i.op.reads
-            return [*own, *self.read((read, *completing(read)) if read else (), rank, i, before)]
+            reads = self.read((read, *completing(read)) if read else (), rank, i, before)
+            return [*own, *reads, *self.waited([*own, *reads], rank, before)]
         if i.op.blocks and i.op.reads:
             return [*own, *self.read((i.op.reads,), rank, i, before)]
         if i.op.kind == "collective":
@@ -172,6 +180,13 @@ class _CriticalPath:
             *(channel.latest(before, self.tolerance) if channel else ()),
             *self.computed(target, before),
         ]
+
+    def waited(self, gates: Sequence[Executed], rank: int, before: float) -> Sequence[Executed]:
+        """Returns what a rank sent last, if it computed nothing although all gates were open: in a
+        simulated step it waited for the message."""
+        if self.measured or any(ended >= before - self.tolerance for _, _, _, ended in gates):
+            return ()
+        return self.indexed(rank).sent.latest(before, self.tolerance)
 
     def read(
         self, kinds: Iterable[Op], rank: int, i: Instruction | Interval, before: float
