@@ -108,9 +108,9 @@ ROOM_LINES = {
     "rivals": 300,
     "runtime": 4_700,
     "search": 9_200,
-    "simulate": 1_970,
+    "simulate": 2_000,
     "testbed": 1_550,
-    "workflows": 1_920,
+    "workflows": 1_950,
 }
 """The most lines of each room. More is allowed in the commit that needs it, which says why."""
 TECHNIQUE_LINES = 900

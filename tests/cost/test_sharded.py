@@ -112,3 +112,11 @@ def test_unfused_attention_keeps_and_moves_its_scores() -> None:
     assert found.layers[0].saved_bytes == attends.saved_bytes + SAVED * scores
     assert found.layers[0].along("tensor").saved_bytes == 500.0 + SAVED * scores
     assert found.layers[1] == model.layers[1]
+
+
+def test_scores_are_divided_like_the_heads_of_a_layer_that_keeps_its_input_alone() -> None:
+    whole = divided(replace(even_model(2).layers[0], attention_flops=1e6), units=8, flops=1e6)
+    model = replace(even_model(2), sequence=8, layers=(whole, whole))
+    again = with_unfused_attention(recomputed(model), heads=8).layers[0]
+    assert again.along("tensor").saved_bytes == SAVED * 8 * 8**2 * 4
+    assert again.along("tensor").traffic_bytes == MOVED * 8 * 8**2 * 4
