@@ -26,7 +26,7 @@ from meshwright.export.answers import LABEL, PARTS_OF_IT, Answers, known_propert
 from meshwright.model.config import NAMED
 from meshwright.model.transformer.families import FAMILIES
 from meshwright.model.transformer.fields import IGNORED, REFUSED, read_fields
-from meshwright.plan.spec import BoundaryKind, StateLevel
+from meshwright.plan.spec import BoundaryKind, RuntimeName, StateLevel
 from meshwright.program.operations import operations as op_table
 from meshwright.testbed.spec import Mode
 from meshwright.units import format_bytes, format_flops, format_throughput
@@ -40,6 +40,7 @@ CHOICES = {
     "Mode": Mode,
     "BoundaryKind": BoundaryKind,
     "StateLevel": StateLevel,
+    "RuntimeName": RuntimeName,
 }
 
 
