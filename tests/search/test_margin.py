@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from worlds import DEVICE, cluster, even_model, job
 
 from meshwright.cluster.spec import Link
 from meshwright.plan.spec import Plan
 from meshwright.search.incumbent import Evaluated, chosen, pieces, simplest
 from meshwright.search.planner import find_plan
+from worlds import DEVICE, cluster, even_model, job
 
 MODEL = even_model(8, parameters=10**8)
 """Its gradients take far longer than its work: only a pipeline pays."""
