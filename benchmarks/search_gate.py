@@ -132,6 +132,9 @@ def compare_steps(names: Sequence[str], jobs: int) -> bool:
                 f"{was:6.1f}  {found['plan']}{mark}",
                 flush=True,
             )
+    if not ratios:
+        print("no case with a stored plan")
+        return True
     mean = exp(sum(map(log, ratios)) / len(ratios))
     beyond = sum(ratio > MOST_SLOWER for ratio in ratios)
     print(
