@@ -27,8 +27,9 @@ from meshwright.cost.constants import (
     device_constants,
     implausible,
 )
-from meshwright.cost.links import overhead_seconds, reached_links, ring_step_seconds
+from meshwright.cost.links import overhead_seconds, ring_step_seconds
 from meshwright.cost.profile import LinkTimes, Profile
+from meshwright.cost.reached_links import reached_links
 from meshwright.model.config import NAMED
 from meshwright.model.transformer.counted_graph import counted_graph
 from meshwright.search.candidate import candidate_of

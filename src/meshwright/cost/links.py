@@ -17,7 +17,6 @@ from pydantic import Field
 from meshwright.cluster.spec import (
     Cluster,
     Device,
-    DirectLink,
     Link,
     Node,
     Site,
@@ -26,7 +25,7 @@ from meshwright.cluster.spec import (
 )
 from meshwright.cluster.topology import Topology, topology
 from meshwright.cost.collective import all_reduce, uncontended_seconds
-from meshwright.cost.constants import SystemConstants, system_constants
+from meshwright.cost.constants import system_constants
 from meshwright.cost.profile import LinkTimes, Profile
 from meshwright.errors import Problem, ProfileError
 from meshwright.records import (
@@ -218,7 +217,7 @@ def fitted_cluster(cluster: Cluster, report: LinkReport) -> Cluster:
 
 
 def _as_link(pair: PairTimes, *, shared: bool = False) -> Link:
-    return Link(bandwidth=pair.bandwidth, latency=pair.latency, shared=shared)
+    return Link(bandwidth=pair.bandwidth, latency=pair.latency, shared=shared, kind="measured")
 
 
 def _fitted_node(cluster: Cluster, node: Node, measured: dict[PairClass, PairTimes]) -> Node:
@@ -236,8 +235,8 @@ def _fitted_node(cluster: Cluster, node: Node, measured: dict[PairClass, PairTim
     if pairs:
         bandwidth = max(pair.bandwidth for pair in pairs)
         latency = min(pair.latency for pair in pairs)
-        fitted = replace(fitted, network=replace(node.network, bandwidth=bandwidth,
-                                                 latency=latency))  # fmt: skip
+        network = replace(node.network, bandwidth=bandwidth, latency=latency, kind="measured")
+        fitted = replace(fitted, network=network)
     return fitted
 
 
@@ -258,7 +257,7 @@ def _fitted_uplink(
             found is None or pair.bandwidth > found.bandwidth
         ):
             latency = max(pair.latency - max(end.latency for end in ends), 0.0)
-            found = Link(bandwidth=pair.bandwidth, latency=latency)
+            found = Link(bandwidth=pair.bandwidth, latency=latency, kind="measured")
     return found
 
 
@@ -325,50 +324,6 @@ def messages_are_serialised(cluster: Cluster) -> bool:
     share a link.
     """
     return any(kind.processor == "cpu" for kind in cluster.types.values())
-
-
-def reached_links(cluster: Cluster, profile: Profile | None) -> Cluster:
-    """Returns the cluster with the links of a profile.
-
-    Measured links replace those of the cluster; the others get the fitted share of their stated
-    bandwidth.
-    """
-    if profile is None:
-        return cluster
-    constants = system_constants(profile.calibration)
-    reached = _scaled(cluster, constants)
-    return with_measured_links(reached, profile.links) if profile.links else reached
-
-
-def _scaled(cluster: Cluster, constants: SystemConstants) -> Cluster:
-    """Returns the cluster with every bandwidth multiplied by its fitted efficiency."""
-    inside, network = constants.inside_efficiency, constants.network_efficiency
-    if inside == network == 1.0:
-        return cluster
-
-    def slower(link: Link, share: float) -> Link:
-        return replace(link, bandwidth=link.bandwidth * share)
-
-    return replace(
-        cluster,
-        nodes=tuple(
-            replace(
-                node,
-                inside=slower(node.inside, inside),
-                islands=with_island_link(node, lambda link: slower(link, inside)),
-                network=slower(node.network, network),
-            )
-            for node in cluster.nodes
-        ),
-        sites=tuple(
-            replace(site, uplink=slower(site.uplink, network) if site.uplink else None)
-            for site in cluster.sites
-        ),
-        direct=tuple(
-            DirectLink(between=each.between, link=slower(each.link, network))
-            for each in cluster.direct
-        ),
-    )
 
 
 def ring_step_seconds(profile: Profile | None) -> float:

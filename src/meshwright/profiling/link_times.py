@@ -50,7 +50,7 @@ def measure_links(cluster: Cluster, device: torch.device, *, repeats: int) -> Li
         points = [_median(one_round_trip(((a, b),), size, device), repeats) for size in SIZES]
         latency, bandwidth = fit_line(SIZES, points)
         shared = level == "inside" and inside.shared
-        found[level] = Link(bandwidth=bandwidth, latency=latency, shared=shared)
+        found[level] = Link(bandwidth=bandwidth, latency=latency, shared=shared, kind="measured")
     small = _median(one_all_reduce(SIZES[0], device), repeats)
     own = LinkTimes(all_reduce_latency=small / (2 * (world - 1)), **found)
     return broadcast_record(0, own, LinkTimes)
