@@ -45,6 +45,10 @@ BOTTLENECK_SHARE = 0.97
 """The share of the bandwidth that both nodes reach elsewhere below which a pair has a bottleneck
 between them."""
 
+APART = 0.8
+"""Share of a link's bandwidth, as many messages reach it together, below which one alone is held to
+be limited: above, the difference may be noise."""
+
 
 @record
 class MessageTime:
@@ -208,7 +212,7 @@ def fitted_cluster(cluster: Cluster, report: LinkReport) -> Cluster:
             for site in cluster.sites
         ),
         direct=tuple(
-            replace(each, link=_as_link(measured["direct", frozenset(each.between)]))
+            replace(each, link=_between(measured["direct", frozenset(each.between)]))
             if ("direct", frozenset(each.between)) in measured
             else each
             for each in cluster.direct
@@ -216,8 +220,26 @@ def fitted_cluster(cluster: Cluster, report: LinkReport) -> Cluster:
     )
 
 
+def measured_link(
+    latency: Seconds, alone: float, together: float | None = None, *, shared: bool = False
+) -> Link:
+    """Returns a measured link: `alone` and `together` are the bytes per second that one message and
+    many at the same time reach. Where many reach more, the link limits single flows."""
+    if together is None or alone >= APART * together:
+        return Link(bandwidth=alone, latency=latency, shared=shared, kind="measured")
+    return Link(
+        bandwidth=together, latency=latency, shared=shared, kind="measured", single_flow=alone
+    )
+
+
 def _as_link(pair: PairTimes, *, shared: bool = False) -> Link:
-    return Link(bandwidth=pair.bandwidth, latency=pair.latency, shared=shared, kind="measured")
+    return measured_link(pair.latency, pair.bandwidth, shared=shared)
+
+
+def _between(pair: PairTimes) -> Link:
+    """Returns the link between two nodes: the crowded message says what two get together."""
+    together = pair.bandwidth / pair.sharing if pair.sharing else None
+    return measured_link(pair.latency, pair.bandwidth, together)
 
 
 def _fitted_node(cluster: Cluster, node: Node, measured: dict[PairClass, PairTimes]) -> Node:
@@ -233,9 +255,9 @@ def _fitted_node(cluster: Cluster, node: Node, measured: dict[PairClass, PairTim
     if node.islands and (joined := measured.get(("islands", node.islands.link))):
         fitted = replace(fitted, islands=replace(node.islands, link=_as_link(joined)))
     if pairs:
-        bandwidth = max(pair.bandwidth for pair in pairs)
+        best = max(map(_between, pairs), key=lambda link: link.bandwidth)
         latency = min(pair.latency for pair in pairs)
-        network = replace(node.network, bandwidth=bandwidth, latency=latency, kind="measured")
+        network = replace(best, latency=latency, shared=node.network.shared)
         fitted = replace(fitted, network=network)
     return fitted
 
