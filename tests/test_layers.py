@@ -93,8 +93,8 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 ROOM_LINES = {
     "cli": 1_500,
-    "cluster": 3_500,
-    "cost": 3_450,
+    "cluster": 4_000,
+    "cost": 3_750,
     "emulation": 750,
     "export": 1_950,
     "launch": 1_450,
@@ -107,10 +107,10 @@ ROOM_LINES = {
     "report": 2_130,
     "rivals": 300,
     "runtime": 4_700,
-    "search": 9_100,
+    "search": 9_250,
     "simulate": 1_970,
     "testbed": 1_550,
-    "workflows": 1_920,
+    "workflows": 1_950,
 }
 """The most lines of each room. More is allowed in the commit that needs it, which says why."""
 TECHNIQUE_LINES = 900

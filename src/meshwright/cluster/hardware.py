@@ -75,7 +75,7 @@ class MachineHardware:
     islands: tuple[tuple[int, ...], ...] = ()
     """Indices of the GPUs of each group that is connected better than by `wiring`."""
     island_wiring: str | None = None
-    """The weakest connection inside these groups; `NVLink` in a mesh."""
+    """The weakest connection inside these groups; in a mesh, the word NVLink."""
     mesh_lanes: int | None = None
     """NVLinks of each GPU, where rings over NVLinks alone pass all GPUs though not every two are
     neighbours; None elsewhere."""

@@ -180,6 +180,11 @@ def flow_bandwidth(link: Link) -> BytesPerSecond:
     return link.bandwidth if link.single_flow is None else link.single_flow
 
 
+def flow_seconds(link: Link, size: float, number: float) -> Seconds:
+    """Returns the seconds in which as many devices send `size` bytes each over a link at once."""
+    return size * max(number / link.bandwidth, 1 / flow_bandwidth(link))
+
+
 def node_of(device: str) -> str:
     """Returns the node of a device: `"p3-0"` for `"p3-0:1"`."""
     return device.rpartition(":")[0]

@@ -14,14 +14,13 @@ import numpy as np
 
 from meshwright.cluster.spec import Link, flow_bandwidth
 from meshwright.cost.collective import least_sum_steps
-from meshwright.search.costs import Array
+from meshwright.search.costs import Array, hop_latency
 from meshwright.search.device_classes import DeviceClass
 from meshwright.search.pipeline_seconds import Order
 from meshwright.search.template_estimate import (
     EstimateContext,
     Ints,
     group_facts,
-    hop_latency,
     uplinks_between,
 )
 

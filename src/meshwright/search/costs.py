@@ -13,13 +13,14 @@ from typing import TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cluster.spec import Cluster, Device, devices_of
+from meshwright.cluster.spec import Cluster, Device, Link, devices_of
 from meshwright.cluster.topology import Topology
 from meshwright.cost.collective import (
     Traffic,
     all_reduce,
     boundary_transfer,
     concurrent,
+    step_seconds,
     uncontended_seconds,
 )
 from meshwright.cost.compute import LayerSeconds, layer_seconds
@@ -345,6 +346,11 @@ def ring(costs: Costs, members: tuple[str, ...]) -> Traffic:
         )
         costs._rings[members] = replace(large, latency=small.latency)
     return costs._rings[members]
+
+
+def hop_latency(costs: Costs, link: Link) -> float:
+    """Returns the latency of one step of a ring."""
+    return max(step_seconds(link), costs.step_latency)
 
 
 def pair(costs: Costs, source: str, target: str) -> Traffic:

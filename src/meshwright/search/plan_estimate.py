@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from meshwright.cost.collective import least_sum_steps
 from meshwright.cost.links import overhead_seconds
+from meshwright.search.costs import hop_latency
 from meshwright.search.pipeline_seconds import pipeline_seconds
-from meshwright.search.template_estimate import EstimateContext, TemplateEstimate, hop_latency
+from meshwright.search.template_estimate import EstimateContext, TemplateEstimate
 
 
 def after(context: EstimateContext, estimates: Sequence[TemplateEstimate]) -> float:

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cluster.spec import Link, flow_bandwidth
-from meshwright.cost.collective import least_sum_steps, step_seconds
+from meshwright.cluster.spec import Link, flow_seconds
+from meshwright.cost.collective import least_sum_steps
 from meshwright.cost.weights import stage_parameters
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.schedules import in_flight
@@ -26,6 +26,7 @@ from meshwright.search.costs import (
     Costs,
     group_capacity,
     group_prefix,
+    hop_latency,
     micro_batches_held,
     reduced_width,
     split_prefix,
@@ -308,11 +309,6 @@ def _prices(
     return PipelinePrices(forward, backward, inputs, weights, held, moved, moved, 0.0)
 
 
-def hop_latency(costs: Costs, link: Link) -> float:
-    """Returns the latency of one step of a ring."""
-    return max(step_seconds(link), costs.step_latency)
-
-
 def reduction_seconds(
     context: EstimateContext, run: StageRun, held: float, *, crowded: bool
 ) -> float:
@@ -332,7 +328,7 @@ def reduction_seconds(
     if width == run.block and not crowded:
         return within + 2 * (width - 1) * hop_latency(context.costs, inside)
     network = device_class.network
-    across = passed * max(tensor * per_node / network.bandwidth, 1 / flow_bandwidth(network))
+    across = flow_seconds(network, passed, tensor * per_node)
     latency = least_sum_steps(network, width) * hop_latency(context.costs, network)
     return max(within, across) + latency
 
@@ -355,11 +351,8 @@ def transfer_seconds(
         return fixed + inside.latency + each * shared / inside.bandwidth
     ends = [(source.network, here), (target.network, there)]
     seconds = max(
-        rows
-        / s.width
-        * context.widest_cut
-        * max(s.block * s.tensor / n.bandwidth, 1 / flow_bandwidth(n))
-        for n, s in ends
+        flow_seconds(network, rows / s.width * context.widest_cut, s.block * s.tensor)
+        for network, s in ends
     )
     latency = max(network.latency for network, _ in ends)
     if source.site != target.site:
