@@ -21,7 +21,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from meshwright import errors
 from meshwright.cluster.catalog import catalog
 from meshwright.cluster.link_rates import link_rates
-from meshwright.cluster.spec import Precision
+from meshwright.cluster.spec import LinkKind, Precision
 from meshwright.export import accelerate, deepspeed, megatron, torchtitan
 from meshwright.export.answers import LABEL, PARTS_OF_IT, Answers, known_properties
 from meshwright.model.config import NAMED
@@ -41,6 +41,7 @@ CHOICES = {
     "Mode": Mode,
     "BoundaryKind": BoundaryKind,
     "StateLevel": StateLevel,
+    "LinkKind": LinkKind,
 }
 
 
