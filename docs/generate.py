@@ -27,7 +27,7 @@ from meshwright.export.answers import LABEL, PARTS_OF_IT, Answers, known_propert
 from meshwright.model.config import NAMED
 from meshwright.model.transformer.families import FAMILIES
 from meshwright.model.transformer.fields import IGNORED, REFUSED, read_fields
-from meshwright.plan.spec import BoundaryKind, StateLevel
+from meshwright.plan.spec import BoundaryKind, RuntimeName, StateLevel
 from meshwright.program.operations import operations as op_table
 from meshwright.testbed.spec import Mode
 from meshwright.units import format_bytes, format_flops, format_throughput
@@ -42,6 +42,7 @@ CHOICES = {
     "BoundaryKind": BoundaryKind,
     "StateLevel": StateLevel,
     "LinkKind": LinkKind,
+    "RuntimeName": RuntimeName,
 }
 
 
