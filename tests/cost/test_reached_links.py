@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from meshwright.cluster.files import cluster_from, dump_cluster
 from meshwright.cluster.link_rates import kind_between, kind_inside, link_rates
+from meshwright.cluster.settings import with_setting
 from meshwright.cluster.spec import Cluster, Link, devices_of
 from meshwright.cluster.topology import topology
 from meshwright.cost.collective import (
@@ -29,6 +30,7 @@ from meshwright.cost.profile import LinkTimes, Profile
 from meshwright.cost.reached_links import reached_links
 from meshwright.errors import ClusterError
 from meshwright.report.resources import resource_name
+from meshwright.testbed.spec import TestbedFile, make_testbed
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "link_rates.py"
 MIB = 2**20
@@ -183,3 +185,17 @@ def test_a_limit_never_makes_anything_quicker(bandwidth, share, shape):
         assert quick <= slow * (1 + 1e-12)
         if len(names) > 1:
             assert slow >= 1e8 / len(names) / (bandwidth * share)
+
+
+def test_a_lower_bandwidth_takes_a_higher_limit_with_it() -> None:
+    where = machines("2 x T4", nodes=2, network=LIMITED)
+    slower = with_setting(where, "link.network.bandwidth=2 GB/s")
+    assert {node.network.single_flow for node in slower.nodes} == {None}
+    quicker = with_setting(where, "link.network.bandwidth=9 GB/s")
+    assert {node.network.single_flow for node in quicker.nodes} == {2.4e9}
+
+
+def test_an_emulated_network_limits_no_single_flow() -> None:
+    where = machines("1 x T4", nodes=2, network=LIMITED)
+    entry = TestbedFile(name="x", cluster="x.toml", mode="virtual")
+    assert make_testbed(entry, where, source="x").cluster.nodes[0].network.single_flow is None
