@@ -93,8 +93,8 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 ROOM_LINES = {
     "cli": 1_560,
-    "cluster": 3_500,
-    "cost": 3_600,
+    "cluster": 4_000,
+    "cost": 3_750,
     "emulation": 750,
     "export": 1_950,
     "launch": 1_450,
@@ -107,7 +107,7 @@ ROOM_LINES = {
     "report": 2_130,
     "rivals": 300,
     "runtime": 4_700,
-    "search": 9_200,
+    "search": 9_450,
     "simulate": 2_000,
     "testbed": 1_550,
     "workflows": 1_950,

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from meshwright.cluster.catalog import catalog
-from meshwright.cluster.spec import Link
+from meshwright.cluster.spec import Cluster, Link
 from meshwright.cluster.topology import topology
 from meshwright.cost.collective import all_reduce, boundary_transfer, uncontended_seconds
 from meshwright.cost.compute import (
@@ -28,8 +28,9 @@ from meshwright.cost.constants import (
     device_constants,
     implausible,
 )
-from meshwright.cost.links import overhead_seconds, reached_links, ring_step_seconds
+from meshwright.cost.links import overhead_seconds, ring_step_seconds
 from meshwright.cost.profile import LinkTimes, Profile
+from meshwright.cost.reached_links import reached_links
 from meshwright.model.config import NAMED
 from meshwright.model.transformer.counted_graph import counted_graph
 from meshwright.search.candidate import candidate_of
@@ -94,15 +95,24 @@ def test_an_added_time_may_be_left_out_whatever_its_default() -> None:
     assert problem.field == "others.launch_forward"
 
 
+def _stated(cluster: Cluster) -> Cluster:
+    """The cluster with links whose kind is not told."""
+    nodes = tuple(
+        replace(n, inside=replace(n.inside, kind=None), network=replace(n.network, kind=None))
+        for n in cluster.nodes
+    )
+    return replace(cluster, nodes=nodes)
+
+
 def test_links_reach_their_share_and_measured_ones_stay_as_measured() -> None:
-    cluster = one_node(2, bandwidth=8e9)
+    cluster = _stated(one_node(2, bandwidth=8e9))
     half = Calibration(system=SystemConstants(inside_efficiency=0.5, network_efficiency=0.25))
     slower = reached_links(cluster, under(half))
     assert slower.nodes[0].inside.bandwidth == 4e9
     assert slower.nodes[0].network.bandwidth == 0.25e9
     measured = replace(under(half), links=LinkTimes(inside=Link(bandwidth=7e9)))
     assert reached_links(cluster, measured).nodes[0].inside.bandwidth == 7e9
-    assert reached_links(cluster, None) is cluster
+    assert reached_links(one_node(2), None) == one_node(2)
 
 
 def test_ring_steps_and_the_fixed_cost_of_a_step_are_measured_else_fitted() -> None:

@@ -65,7 +65,7 @@ SCHEDULES = st.sampled_from(sorted(LEAST))
 def test_it_is_near_and_never_above_where_every_link_has_one_user(
     kinds, layers, count, schedule, bandwidth
 ):
-    network = Link(bandwidth=bandwidth, latency=1e-5)
+    network = Link(bandwidth=bandwidth, latency=1e-5, kind="measured")
     where = cluster(*((kind,) for kind in kinds), network=network)
     costs = costs_of(model(layers), where, job(2 * count))
     pipeline = chain_of(costs, 2, count, schedule)
@@ -76,7 +76,7 @@ def test_it_is_near_and_never_above_where_every_link_has_one_user(
 @given(LAYERS, COUNTS, SCHEDULES, BANDWIDTHS, st.data())
 def test_it_is_near_where_nobody_waits_for_a_gradient(layers, count, schedule, bandwidth, data):
     """The first so many layers are frozen, or some in between; the last one is trained."""
-    network = Link(bandwidth=bandwidth, latency=1e-5)
+    network = Link(bandwidth=bandwidth, latency=1e-5, kind="measured")
     frozen = data.draw(st.sets(st.integers(0, len(layers) - 2))) | {0}
     graph = freeze(model(layers), frozen)
     costs = costs_of(graph, cluster(("fast",), ("slow",), network=network), job(2 * count))
@@ -108,7 +108,7 @@ def test_the_best_order_is_near_one_that_is_made_for_the_pipeline(layers, count,
     """As the simulator plays it. The sums put all backwards of a pipeline in two parts, the last
     ones or none; a made order may choose stage by stage, and two parts cost up to 11 % more than
     one here. It may also keep the few messages of a short step from meeting on a busy link."""
-    network = Link(bandwidth=bandwidth, latency=1e-5)
+    network = Link(bandwidth=bandwidth, latency=1e-5, kind="measured")
     where = cluster(("fast",), ("slow",), ("fast",), network=network)
     costs = costs_of(model(layers), where, job(2 * count))
     pipeline = chain_of(costs, 2, count, "1f1b")
@@ -159,7 +159,7 @@ def spans_of(costs, pipelines, order):
 
 def two_replicas(parameters, frozen=(), bandwidth=1e9):
     """One stage on two nodes, which sum its gradients."""
-    network = Link(bandwidth=bandwidth, latency=0.0)
+    network = Link(bandwidth=bandwidth, latency=0.0, kind="measured")
     graph = freeze(model([10.0, 10.0, 10.0], parameters=parameters), frozen)
     where = cluster(("fast",), ("fast",), network=network)
     costs = costs_of(graph, where, job(4), PLAINLY)

@@ -128,7 +128,8 @@ def test_no_tensor_group_in_a_node_meets_quicker_than_the_least(where, data):
 
 def test_a_ring_over_sites_waits_for_the_slower_of_the_two_quickest_uplinks():
     """Two devices on one bus, four at a site, and six at sites whose uplinks take 1, 2 and 3 ms."""
-    bus, network = Link(bandwidth=1e10, latency=1e-6), Link(bandwidth=1e9, latency=1e-4)
+    bus = Link(bandwidth=1e10, latency=1e-6, kind="measured")
+    network = Link(bandwidth=1e9, latency=1e-4, kind="measured")
     uplinks = {"near": 1e-3, "far": 2e-3, "farther": 3e-3}
     nodes = tuple(
         Node(name=name, site=site, devices=("fast",) * 2, inside=bus, network=network)
@@ -139,7 +140,7 @@ def test_a_ring_over_sites_waits_for_the_slower_of_the_two_quickest_uplinks():
         types={"fast": FAST},
         nodes=nodes,
         sites=tuple(
-            Site(name=name, uplink=Link(bandwidth=1e9, latency=seconds))
+            Site(name=name, uplink=Link(bandwidth=1e9, latency=seconds, kind="measured"))
             for name, seconds in uplinks.items()
         ),
     )

@@ -182,7 +182,9 @@ def uneven_clusters(draw) -> Cluster:
     kinds = ["g"] if draw(st.booleans()) else ["g", "h"]
     shared = draw(st.booleans())
     inside = Link(bandwidth=draw(st.sampled_from([1e9, 3.3e9])), latency=1e-6, shared=shared)
-    network = Link(bandwidth=draw(st.sampled_from([2e8, 1.37e8])), latency=1e-5, shared=shared)
+    alone = draw(st.none() | st.just(6.1e7))
+    network = Link(bandwidth=draw(st.sampled_from([2e8, 1.37e8])), latency=1e-5, shared=shared,
+                   single_flow=alone)  # fmt: skip
     places = st.sampled_from(draw(st.sampled_from([["home"], ["home", "away"]])))
     nodes = tuple(
         Node(

@@ -37,8 +37,9 @@ class SystemConstants:
     """Holds the constants of the links and of the framework's work between computations; see
     CONSTANTS."""
 
-    inside_efficiency: PositiveShare = 1.0
-    network_efficiency: PositiveShare = 1.0
+    inside_efficiency: PositiveShare | None = None
+    network_efficiency: PositiveShare | None = None
+    """None in these two stands for what each kind of link reaches."""
     ring_step: Seconds = 0.0
     instruction: Seconds = 1e-4
     boundary: Seconds = 3e-5

@@ -19,8 +19,9 @@ from meshwright.cluster.topology import Topology, topology
 from meshwright.cost.collective import all_gather, reduce_scatter, uncontended_seconds
 from meshwright.cost.compute import LayerSeconds, layer_seconds, optimizer_seconds
 from meshwright.cost.constants import system_constants
-from meshwright.cost.links import overhead_seconds, reached_links, ring_step_seconds
+from meshwright.cost.links import overhead_seconds, ring_step_seconds
 from meshwright.cost.profile import Profile
+from meshwright.cost.reached_links import reached_links
 from meshwright.model.spec import LayerGraph, num_parameters
 from meshwright.records import record
 

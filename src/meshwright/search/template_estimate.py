@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cluster.spec import Link
+from meshwright.cluster.spec import Link, flow_seconds
+from meshwright.cost.collective import least_sum_steps
 from meshwright.cost.weights import stage_parameters
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.schedules import in_flight
@@ -25,6 +26,7 @@ from meshwright.search.costs import (
     Costs,
     group_capacity,
     group_prefix,
+    hop_latency,
     micro_batches_held,
     reduced_width,
     split_prefix,
@@ -307,11 +309,6 @@ def _prices(
     return let_senders_wait(add_host(found, costs.system.instruction), costs.system.send_exposure)
 
 
-def hop_latency(costs: Costs, link: Link) -> float:
-    """Returns the latency of one step of a ring."""
-    return max(link.latency, costs.step_latency)
-
-
 def reduction_seconds(
     context: EstimateContext, run: StageRun, held: float, *, crowded: bool
 ) -> float:
@@ -330,8 +327,10 @@ def reduction_seconds(
         within *= device_class.each // max(1, device_class.island // tensor)
     if width == run.block and not crowded:
         return within + 2 * (width - 1) * hop_latency(context.costs, inside)
-    across = passed * tensor * per_node / device_class.network.bandwidth
-    return max(within, across) + 2 * (width - 1) * hop_latency(context.costs, device_class.network)
+    network = device_class.network
+    across = flow_seconds(network, passed, tensor * per_node)
+    latency = least_sum_steps(network, width) * hop_latency(context.costs, network)
+    return max(within, across) + latency
 
 
 def transfer_seconds(
@@ -350,12 +349,12 @@ def transfer_seconds(
     if inside:
         shared = here.block * here.tensor if inside.shared else 1
         return fixed + inside.latency + each * shared / inside.bandwidth
-    ends = [(source, here), (target, there)]
+    ends = [(source.network, here), (target.network, there)]
     seconds = max(
-        rows / s.width * s.block * s.tensor * context.widest_cut / device_class.network.bandwidth
-        for device_class, s in ends
+        flow_seconds(network, rows / s.width * context.widest_cut, s.block * s.tensor)
+        for network, s in ends
     )
-    latency = max(device_class.network.latency for device_class, _ in ends)
+    latency = max(network.latency for network, _ in ends)
     if source.site != target.site:
         late, bandwidth = uplinks_between(context, here.device_class, there.device_class)
         carried = rows * max(here.tensor, there.tensor) * context.widest_cut
