@@ -36,8 +36,14 @@ MOST_RUNS = 10_000
 def read_runs(path: Path) -> tuple[RecordedRun, ...]:
     """Reads and checks a runs file. Raises ProfileError with every mistake found; a mistake names
     the file, the line and the column."""
+    return tuple(run for _, run in placed_runs(path))
+
+
+def placed_runs(path: Path) -> tuple[tuple[str, RecordedRun], ...]:
+    """Reads and checks a runs file as `read_runs` does, and returns the place of every run with it,
+    as `file:line`."""
     rows = list(_rows(path))
-    runs: list[RecordedRun] = []
+    runs: list[tuple[str, RecordedRun]] = []
     problems: list[Problem] = []
     for place, cells in rows:
         try:
@@ -45,7 +51,7 @@ def read_runs(path: Path) -> tuple[RecordedRun, ...]:
         except ProfileError as failure:
             problems += failure.problems
             continue
-        runs.append(run)
+        runs.append((place, run))
         problems += run_problems(run, place)
     names = Counter(cells.get("run", "") for _, cells in rows)
     for place, cells in rows:

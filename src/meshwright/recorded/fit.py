@@ -53,12 +53,16 @@ describe host and framework, and those of links and system."""
 NOTICED = 0.01
 """Least relative change of some run's step over a constant's whole range; a constant that changes
 them less is not fitted, since the runs say nothing of it."""
-HOST_BOUND = 1e-3
-"""Seconds of a layer's forward or backward on the host of an eager framework, at which a second fit
-begins; the plausible range ends at six times as much."""
+LARGE: tuple[Mapping[str, float], ...] = (
+    {"launch_forward": 1e-3, "launch_backward": 1e-3},
+    {"ring_step": 2e-5, "boundary": 5e-5},
+)
+"""Constants whose default is next to nothing, with values that are usual where they matter: a layer
+in an eager framework, NCCL steps of ranks that are out of step. Fits begin there too: host times
+below those of the device change no step, so that a descent from the default sees no slope."""
 DERIVATIVE = 0.02
 """Step of the numerical derivative, as a share of a constant's range."""
-ONE_BY_ONE = 10
+ONE_BY_ONE = 5
 """Up to twice as many runs are each left out on their own; more are dealt out to as many folds."""
 SLOWEST = 3.0
 """Longest predicted step of a proposal, over that of the fastest layout considered."""
@@ -145,15 +149,23 @@ def parameters_told(runs: Sequence[PreparedRun]) -> tuple[FitParameter, ...]:
     return tuple(found)
 
 
+def _beginnings(parameters: Sequence[FitParameter]) -> Iterator[list[float]]:
+    """Yields values at which a fit may begin: the starting ones, and these with each group of
+    LARGE at its large values."""
+    starts = _starts(parameters)
+    yield starts
+    for group in LARGE:
+        pairs = zip(parameters, starts, strict=True)
+        larger = [max(start, group.get(each.name, 0.0)) for each, start in pairs]
+        if larger != starts:
+            yield larger
+
+
 def _best_fit(seconds: Predict, measured: Array, parameters: Sequence[FitParameter]) -> Calibration:
-    """Fits all runs twice, and returns the better fit: beginning at the starting values, and with
-    HOST_BOUND host times. Host times below those of the device change no step, so that a descent
-    which begins there cannot find larger ones."""
-    host_bound = [
-        max(HOST_BOUND, start) if parameter.name in ("launch_forward", "launch_backward") else start
-        for parameter, start in zip(parameters, _starts(parameters), strict=True)
+    """Fits all runs from several beginnings, and returns the fit that misses them least."""
+    fits = [
+        fit_constants(seconds, measured, parameters, near=near) for near in _beginnings(parameters)
     ]
-    fits = [fit_constants(seconds, measured, parameters, near=near) for near in (None, host_bound)]
 
     def error(constants: Calibration) -> float:
         misses = seconds(constants, np.arange(len(measured))) / measured - 1

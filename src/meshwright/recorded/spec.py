@@ -34,10 +34,6 @@ Devices = Annotated[int, Field(ge=1, le=2**17)]
 Ways = Annotated[int, Field(ge=1, le=2**17)]
 """Number of ways in which a layout divides something."""
 
-Sharding = Literal["none", "optimizer", "gradients", "full", "hybrid"]
-"""What the replicas divide: nothing, optimizer states (ZeRO-1), also gradients (ZeRO-2), also
-weights (ZeRO-3, FSDP), or all of these within a node whose copies stand on the other nodes
-(HSDP)."""
 SHARDED = ("gradients", "full", "hybrid")
 """Shardings that gather weights, or scatter gradients, layer by layer."""
 
@@ -90,7 +86,9 @@ class RecordedRun:
     """What the stages have equally many of: blocks, or blocks, embedding and output together."""
     schedule: Literal["1f1b", "interleaved-1f1b", "gpipe", "zb-h1"] | None = None
     """Default: 1f1b, or interleaved-1f1b with several chunks."""
-    sharding: Sharding = "none"
+    sharding: Literal["none", "optimizer", "gradients", "full", "hybrid"] = "none"
+    """What the replicas divide: nothing, optimizer states (ZeRO-1), also gradients (ZeRO-2), also
+    weights (ZeRO-3, FSDP), or all of these within a node, of which each has a copy (HSDP)."""
     rows: Rows
     """Rows of a micro-batch on one replica."""
     global_batch: Rows
@@ -112,7 +110,7 @@ class RecordedRun:
     memory_kind: Literal["allocated", "reserved", "device"] = "device"
     """What the memory counts: tensors, the allocator's blocks, or the whole process."""
     source: Line = ""
-    """Where the run was found."""
+    """The address or title where the run was found."""
     assumptions: Line = ""
     """What the source leaves open."""
 

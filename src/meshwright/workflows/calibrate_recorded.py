@@ -12,7 +12,7 @@ import numpy as np
 from meshwright.cluster.files import load_cluster
 from meshwright.errors import Problem, ProfileError
 from meshwright.model.load import load_model
-from meshwright.recorded.files import read_runs
+from meshwright.recorded.files import placed_runs
 from meshwright.recorded.fit import RunsFit, fit_runs, median_error, memory_errors
 from meshwright.recorded.price import Machines, PreparedRun, machines_of, prepare
 from meshwright.recorded.validate import device_problems
@@ -23,14 +23,15 @@ def prepared_runs(path: Path, machines: dict[str, Machines]) -> tuple[PreparedRu
     ProfileError with every mistake found."""
     ready: list[PreparedRun] = []
     problems: list[Problem] = []
-    for run in read_runs(path):
-        place = f"{path}: {run.run}"
-        if run.device in machines:
-            problems += device_problems(run, machines[run.device].type, place)
-        try:
-            ready.append(prepare(run, machines, place))
-        except ProfileError as failure:
-            problems += failure.problems
+    for place, run in placed_runs(path):
+        kind = machines.get(run.device)
+        wrong = list(device_problems(run, kind.type, place)) if kind else []
+        if not wrong:
+            try:
+                ready.append(prepare(run, machines, place))
+            except ProfileError as failure:
+                wrong += failure.problems
+        problems += wrong
     ProfileError.check(problems)
     return tuple(ready)
 
