@@ -1,11 +1,12 @@
 """Training runs that others posted in papers, repositories, issues and blogs, against our
 predictions without any fit or profile.
 
-    python benchmarks/posted.py [--runs FILE] [--json OUT] [--constants amp|fsdp|megatron]
+    python benchmarks/posted.py [--runs FILE] [--json OUT] [--plain]
 
 posted/runs.csv lists the runs and posted/sources.toml where each was read. The list was committed
-before anything of it was predicted. Every run is shown; one whose device type the catalogue lacks
-is counted as not priced.
+before anything of it was predicted. Each run is priced with the constants of its framework
+(`cost/runtimes.py`); with --plain, as a plain PyTorch loop. Every run is shown; one whose device
+type the catalogue lacks is counted as not priced.
 """
 
 from __future__ import annotations
@@ -14,14 +15,12 @@ import argparse
 import sys
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from beliefs import shipped
 from scores import write
 
-from meshwright.cost.profile import Profile
 from meshwright.errors import MeshwrightError
 from meshwright.recorded.files import read_runs
 from meshwright.recorded.price import (
@@ -64,13 +63,11 @@ class Row:
         return self.bytes / self.run.memory - 1
 
 
-def priced(run: RecordedRun, machines: dict[str, Machines], constants: str | None) -> Row:
+def priced(run: RecordedRun, machines: dict[str, Machines]) -> Row:
     """The run with its prediction."""
-    calibration = shipped(constants) if constants else None
-    profile = Profile(model=run.model, sequence=run.sequence, calibration=calibration)
     try:
         ready = prepare(run, machines)
-        seconds = predicted_seconds(ready, profile)
+        seconds = predicted_seconds(ready)
         return Row(run, seconds, step_seconds_of(run), predicted_bytes(ready))
     except MeshwrightError as failure:
         return Row(run, note=failure.problems[0].field + ": " + failure.problems[0].found)
@@ -133,10 +130,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--runs", type=Path, default=FOLDER / "runs.csv")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--constants", choices=("amp", "fsdp", "megatron"))
+    parser.add_argument("--plain", action="store_true", help="every framework as a plain loop")
     chosen = parser.parse_args()
     machines = machines_of()
-    rows = [priced(run, machines, chosen.constants) for run in read_runs(chosen.runs)]
+    runs = read_runs(chosen.runs)
+    if chosen.plain:
+        runs = tuple(replace(run, framework="meshwright") for run in runs)
+    rows = [priced(run, machines) for run in runs]
     show(rows)
     known = tomllib.loads((FOLDER / "sources.toml").read_text(encoding="utf-8"))
     groups = {"all": rows}

@@ -93,9 +93,9 @@ WITH_TORCH = (
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 ROOM_LINES = {
-    "cli": 1_560,
+    "cli": 1_600,
     "cluster": 3_500,
-    "cost": 3_550,
+    "cost": 3_700,
     "emulation": 750,
     "export": 1_950,
     "launch": 1_450,
@@ -112,7 +112,7 @@ ROOM_LINES = {
     "search": 9_100,
     "simulate": 1_970,
     "testbed": 1_550,
-    "workflows": 2_000,
+    "workflows": 2_030,
 }
 """The most lines of each room. More is allowed in the commit that needs it, which says why."""
 TECHNIQUE_LINES = 900

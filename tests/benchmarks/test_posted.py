@@ -58,11 +58,11 @@ def test_figures_count_errors_of_both_signs() -> None:
 def test_a_run_is_priced_or_says_why_not(capsys) -> None:
     machines = machines_of()
     run = next(each for each in RUNS if each.run == "flash-gpt3-125m")
-    row = posted.priced(run, machines, None)
+    row = posted.priced(run, machines)
     assert row.seconds == predicted_seconds(prepare(run, machines))
     assert row.step_error == row.seconds / step_seconds_of(run) - 1
     del machines[run.device]
-    strange = posted.priced(run, machines, None)
+    strange = posted.priced(run, machines)
     assert strange.note == "device: A100-80"
     posted.show([row, strange])
     lines = capsys.readouterr().out.splitlines()

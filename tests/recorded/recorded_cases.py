@@ -10,7 +10,7 @@ from meshwright.recorded.spec import RecordedRun
 
 PLAIN = {
     "run": "a",
-    "framework": "megatron",
+    "framework": "pytorch",
     "model": "gpt2",
     "sequence": "1024",
     "precision": "fp16",

@@ -34,10 +34,10 @@ from meshwright.workflows.calibrate_recorded import fit_runs_file, fit_sentences
 
 MACHINES = machines_of()
 TRUE = Calibration(
-    devices={"V100-32": DeviceConstants(matmul_efficiency=0.5, memory_efficiency=0.6)},
-    system=SystemConstants(inside_efficiency=0.4, ring_step=5e-5),
+    devices={"V100-32": DeviceConstants(matmul_efficiency=0.5)},
+    system=SystemConstants(inside_efficiency=0.4),
 )
-SMALL = PLAIN | {"model": "small", "family": "gpt2", "layers": "4", "width": "1024", "heads": "16"}
+SMALL = PLAIN | {"model": "small", "family": "gpt2", "layers": "4", "width": "4096", "heads": "32"}
 SMALL |= {"vocabulary": "8192", "memory": "", "sequence": "512"}
 LAYOUTS = [(8, 1, 1, 1), (8, 1, 1, 4), (1, 8, 1, 4), (2, 4, 1, 8), (2, 2, 2, 2), (1, 2, 4, 8)]
 
@@ -67,18 +67,34 @@ def test_constants_of_made_up_runs_are_found_back(tmp_path: Path) -> None:
     fit = fit_runs(prepared(made_up(tmp_path)), source="made up")
     found = fit.profile.calibration
     assert found
-    assert found.devices["V100-32"].matmul_efficiency == pytest.approx(0.5, rel=0.1)
-    assert found.system.inside_efficiency == pytest.approx(0.4, rel=0.15)
-    assert median_error(fit.default, fit.measured) > 0.2
-    assert median_error(fit.fitted, fit.measured) < 0.02
-    assert median_error(fit.left_out, fit.measured) < 0.06
-    assert found.system.ring_step == pytest.approx(5e-5, rel=0.1)
+    assert found.devices["V100-32"].matmul_efficiency == pytest.approx(0.5, rel=0.04)
+    assert found.system.inside_efficiency == pytest.approx(0.4, rel=0.12)
+    assert found.devices["V100-32"].launch_forward == pytest.approx(2e-4, rel=0.1)
+    assert median_error(fit.default, fit.measured) > 0.15
+    assert median_error(fit.fitted, fit.measured) < 0.01
+    assert median_error(fit.left_out, fit.measured) < 0.04
     assert found.error
     assert found.error.runs == len(LAYOUTS)
     assert found.error.low <= 1 <= found.error.high
     names = {parameter.name for parameter in fit.parameters}
     assert "network_efficiency" not in names
     assert "shard_exposure" not in names
+
+
+@pytest.mark.heavy
+def test_fitted_constants_predict_other_layouts(tmp_path: Path) -> None:
+    """Many constants at once are not told apart by six runs; the steps that follow from them are
+    right all the same."""
+    true = Calibration(
+        devices={"V100-32": DeviceConstants(matmul_efficiency=0.5, memory_efficiency=0.6)},
+        system=SystemConstants(inside_efficiency=0.4, ring_step=5e-5),
+    )
+    fit = fit_runs(prepared(made_up(tmp_path, constants=true)), source="made up")
+    others = [(4, 1, 2, 2), (1, 4, 2, 4), (4, 2, 1, 2), (2, 1, 4, 4)]
+    unseen = prepared(made_up(tmp_path, others, true))
+    for run in unseen:
+        assert predicted_seconds(run, fit.profile) == pytest.approx(run.run.step, rel=0.05)
+        assert predicted_seconds(run) < 0.85 * run.run.step
 
 
 @pytest.mark.heavy
@@ -89,7 +105,8 @@ def test_host_bound_runs_are_recognised(tmp_path: Path) -> None:
         devices={"V100-32": DeviceConstants(launch_forward=3e-3, launch_backward=4e-3)}
     )
     layouts = [(8, 1, 1, 1), (8, 1, 1, 2), (8, 1, 1, 4), (4, 1, 2, 1)]
-    fit = fit_runs(prepared(made_up(tmp_path, layouts, slow)), source="made up")
+    small = {"width": "512", "heads": "8"}
+    fit = fit_runs(prepared(made_up(tmp_path, layouts, slow, **small)), source="made up")
     found = fit.profile.calibration
     assert found
     own = found.devices["V100-32"]
@@ -163,7 +180,7 @@ def test_the_command_writes_a_profile_that_plans_read(tmp_path: Path) -> None:
     line = "calibrate --runs runs.csv --model gpt2 --sequence 512 --propose 2 -o fitted.json"
     done = meshwright(*line.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "3 runs of megatron tell of" in done.stdout.replace("\n", " ")
+    assert "3 runs of pytorch tell of" in done.stdout.replace("\n", " ")
     assert "left out" in done.stdout
     fitted = load_profile(tmp_path / "fitted.json")
     assert fitted.calibration

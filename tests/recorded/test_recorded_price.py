@@ -13,13 +13,17 @@ from hypothesis import strategies as st
 from recorded_cases import read_cells
 
 from meshwright.cluster.files import load_cluster
+from meshwright.cost.constants import Calibration, SystemConstants
 from meshwright.cost.memory import device_memory, framework_bytes, total_bytes
+from meshwright.cost.profile import Profile
+from meshwright.cost.runtimes import as_run_by
 from meshwright.model.spec import num_parameters
 from meshwright.recorded.price import (
     machines_of,
     predicted_bytes,
     predicted_seconds,
     prepare,
+    runtime_of,
     stage_bounds,
 )
 from meshwright.simulate.simulator import simulate_plan
@@ -141,3 +145,24 @@ def test_links_of_a_cluster_file_are_used(tmp_path: Path) -> None:
     assert (node.inside.bandwidth, node.inside.latency) == (1e9, 9e-6)
     assert (node.network.bandwidth, node.network.latency) == (4e9, 70e-6)
     assert predicted_seconds(prepare(run, machines)) > predicted_seconds(prepare(run, MACHINES))
+
+
+def test_a_run_is_priced_as_its_framework_runs_it(tmp_path: Path) -> None:
+    seconds = {}
+    for framework in ("megatron", "deepspeed", "own-loop", "meshwright"):
+        ready = prepare(read_cells(tmp_path, framework=framework), MACHINES)
+        seconds[framework] = predicted_seconds(ready)
+        runtime = runtime_of(ready.run)
+        assert runtime == ("meshwright" if framework == "own-loop" else framework)
+        profile = as_run_by(runtime, None, ready.model)
+        played = simulate_plan(ready.plan, ready.model, ready.cluster, profile).step_seconds
+        assert seconds[framework] == pytest.approx(played, rel=1e-9)
+    assert seconds["own-loop"] == seconds["meshwright"]
+    assert len(set(seconds.values())) == 3
+
+
+def test_fitted_constants_take_the_place_of_the_framework_s(tmp_path: Path) -> None:
+    ready = prepare(read_cells(tmp_path), MACHINES)
+    own = Calibration(system=SystemConstants(step=1.0))
+    profile = Profile(model=ready.model.name, sequence=1024, calibration=own)
+    assert predicted_seconds(ready, profile) > 1.0

@@ -10,8 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cost.constants import (
-    DEFAULT_DEVICE,
-    DEFAULT_SYSTEM,
     Calibration,
 )
 from meshwright.cost.fit_constants import (
@@ -28,6 +26,7 @@ from meshwright.cost.fit_constants import (
     with_values,
 )
 from meshwright.cost.profile import Profile
+from meshwright.cost.runtimes import RUNTIMES
 from meshwright.errors import Problem, ProfileError
 from meshwright.recorded.price import (
     Machines,
@@ -35,6 +34,7 @@ from meshwright.recorded.price import (
     predicted_bytes,
     predicted_seconds,
     prepare,
+    runtime_of,
 )
 from meshwright.recorded.spec import SHARDED, RecordedRun, step_seconds_of
 from meshwright.recorded.validate import run_problems
@@ -46,7 +46,7 @@ OF_A_TYPE = ("matmul_efficiency", "attention_efficiency", "memory_efficiency")
 OF_ALL_TYPES = ("launch_forward", "launch_backward", "layer_overhead", "optimizer_traffic")
 OF_THE_SYSTEM = (
     *("inside_efficiency", "network_efficiency", "ring_step", "boundary", "shard_exposure"),
-    "step",
+    *("instruction", "step"),
 )
 """Constants that may be fitted: those of each device type, those that all types share because they
 describe host and framework, and those of links and system."""
@@ -98,18 +98,27 @@ def _seconds(runs: Sequence[PreparedRun], constants: Calibration | None) -> Arra
     return np.array([predicted_seconds(run, profile) for run in runs])
 
 
+def _base(runs: Sequence[PreparedRun]) -> Calibration:
+    """Returns the constants of the runs' framework, from which a fit departs."""
+    known = RUNTIMES[runtime_of(runs[0].run)]
+    types = sorted({kind for run in runs for kind in run.cluster.types})
+    devices = dict.fromkeys(types, known.device)
+    return Calibration(devices=devices, others=known.device, system=known.system)
+
+
 def _candidates(runs: Sequence[PreparedRun]) -> Iterator[FitParameter]:
     """Yields every constant that may be fitted, with its starting value."""
     types = {kind.name: kind for run in runs for kind in run.cluster.types.values()}
+    known = RUNTIMES[runtime_of(runs[0].run)]
     for name in sorted(types):
         for constant in OF_A_TYPE:
             start = getattr(types[name], constant)
             yield FitParameter(name=constant, types=(name,), start=start)
     for constant in OF_ALL_TYPES:
-        start = getattr(DEFAULT_DEVICE, constant)
+        start = getattr(known.device, constant)
         yield FitParameter(name=constant, types=tuple(sorted(types)), start=start)
     for constant in OF_THE_SYSTEM:
-        yield FitParameter(name=constant, start=getattr(DEFAULT_SYSTEM, constant))
+        yield FitParameter(name=constant, start=getattr(known.system, constant))
 
 
 def _slopes(
@@ -117,13 +126,13 @@ def _slopes(
 ) -> Array:
     """Returns the relative change of every run's step per constant, over the constant's range:
     [runs, constants]."""
-    origin = _seconds(runs, with_values(Calibration(), parameters, values))
+    origin = _seconds(runs, with_values(_base(runs), parameters, values))
     columns = []
     for index, parameter in enumerate(parameters):
         place = fit_position(parameter, values[index])
         ahead = place + DERIVATIVE if place < 0.5 else place - DERIVATIVE
         moved = [*values[:index], fit_value(parameter, ahead), *values[index + 1 :]]
-        there = _seconds(runs, with_values(Calibration(), parameters, moved))
+        there = _seconds(runs, with_values(_base(runs), parameters, moved))
         columns.append((there / origin - 1) / (ahead - place))
     return np.array(columns).T.reshape(len(runs), len(parameters))
 
@@ -137,12 +146,12 @@ def parameters_told(runs: Sequence[PreparedRun]) -> tuple[FitParameter, ...]:
     between their starting value and an end of their range."""
     every = tuple(_candidates(runs))
     starts = _starts(every)
-    origin = _seconds(runs, with_values(Calibration(), every, starts))
+    origin = _seconds(runs, with_values(_base(runs), every, starts))
     found = []
     for index, parameter in enumerate(every):
         for end in (0.0, 1.0):
             moved = [*starts[:index], fit_value(parameter, end), *starts[index + 1 :]]
-            there = _seconds(runs, with_values(Calibration(), every, moved))
+            there = _seconds(runs, with_values(_base(runs), every, moved))
             if abs(there / origin - 1).max() >= NOTICED:
                 found.append(parameter)
                 break
@@ -161,10 +170,13 @@ def _beginnings(parameters: Sequence[FitParameter]) -> Iterator[list[float]]:
             yield larger
 
 
-def _best_fit(seconds: Predict, measured: Array, parameters: Sequence[FitParameter]) -> Calibration:
+def _best_fit(
+    seconds: Predict, measured: Array, parameters: Sequence[FitParameter], base: Calibration
+) -> Calibration:
     """Fits all runs from several beginnings, and returns the fit that misses them least."""
     fits = [
-        fit_constants(seconds, measured, parameters, near=near) for near in _beginnings(parameters)
+        fit_constants(seconds, measured, parameters, start=base, near=near)
+        for near in _beginnings(parameters)
     ]
 
     def error(constants: Calibration) -> float:
@@ -192,17 +204,17 @@ def fit_runs(runs: Sequence[PreparedRun], *, source: str) -> RunsFit:
     def seconds(constants: Calibration, chosen: NDArray[np.int64]) -> Array:
         return _seconds([timed[int(index)] for index in chosen], constants)
 
-    parameters = parameters_told(timed)
+    parameters, base = parameters_told(timed), _base(timed)
     everything = np.arange(len(timed))
-    found = _best_fit(seconds, measured, parameters)
+    found = _best_fit(seconds, measured, parameters, base)
     near = values_of(found, parameters)
     left_out = np.zeros(len(timed))
     fold = np.array(cross_validation_folds(len(timed), ONE_BY_ONE))
     for label in range(int(fold.max()) + 1):
         own, others = np.flatnonzero(fold == label), np.flatnonzero(fold != label)
-        apart = Calibration()
+        apart = base
         if len(others):
-            apart = fit_constants(seconds, measured, parameters, runs=others, near=near)
+            apart = fit_constants(seconds, measured, parameters, start=base, runs=others, near=near)
         left_out[own] = seconds(apart, own)
     constants = replace(found, error=error_bar(left_out, measured), source=source)
     return RunsFit(

@@ -12,6 +12,7 @@ from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, Precision, 
 from meshwright.cost.constants import FRAGMENTATION
 from meshwright.cost.memory import device_memory, framework_bytes, total_bytes
 from meshwright.cost.profile import Profile
+from meshwright.cost.runtimes import as_run_by
 from meshwright.cost.sharded import (
     ShardedStep,
     sharded_memory_bytes,
@@ -22,7 +23,7 @@ from meshwright.model.config import LanguageModel
 from meshwright.model.spec import LayerGraph
 from meshwright.model.transformer.counted_graph import counted_graph
 from meshwright.model.unfused import with_unfused_attention
-from meshwright.plan.spec import Job, Pipeline, Plan, PlanInput, Stage, StateDivision
+from meshwright.plan.spec import Job, Pipeline, Plan, PlanInput, RuntimeName, Stage, StateDivision
 from meshwright.plan.validate import validate_plan
 from meshwright.recorded.spec import SHARDED, RecordedRun, micro_batches_of, shape_of
 from meshwright.simulate.symmetry import simulate_by_symmetry
@@ -30,6 +31,24 @@ from meshwright.simulate.symmetry import simulate_by_symmetry
 NETWORK_LATENCY = 15e-6
 """Seconds of a message between nodes, where a runs file does not say: NCCL over InfiniBand or RoCE
 takes 10 to 20 us."""
+
+
+PRICED_AS: Mapping[str, RuntimeName] = {
+    "megatron": "megatron",
+    "nemo": "megatron",
+    "megatron-deepspeed": "deepspeed",
+    "deepspeed": "deepspeed",
+    "gpt-neox": "deepspeed",
+    "fsdp": "fsdp",
+    "torchtitan": "fsdp",
+}
+"""The system of `cost/runtimes.py` that a framework is priced as; one that is not listed is priced
+as a plain PyTorch loop, which is what `meshwright` runs."""
+
+
+def runtime_of(run: RecordedRun) -> RuntimeName:
+    """Returns the system whose constants describe the run's framework."""
+    return PRICED_AS.get(run.framework.lower(), "meshwright")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +197,10 @@ def prepare(run: RecordedRun, machines: Mapping[str, Machines], place: str = "")
 
 def predicted_seconds(prepared: PreparedRun, profile: Profile | None = None) -> float:
     """Returns the predicted seconds of a step: simulated, or in closed form if weights or gradients
-    are sharded. Raises ClusterError if a device does not offer the model's precision."""
+    are sharded; with the constants of the run's framework where the profile has none. Raises
+    ClusterError if a device does not offer the model's precision."""
     model, cluster = prepared.model, prepared.cluster
+    profile = as_run_by(runtime_of(prepared.run), profile, model)
     if prepared.step is not None:
         return sharded_step_seconds(model, cluster, prepared.step, profile)
     return simulate_by_symmetry(prepared.plan, model, cluster, profile).step_seconds
