@@ -87,7 +87,11 @@ def micro_batches_of(i: Instruction) -> range:
 
 def of_micro_batch(patterns: Iterable[Instruction], micro_batch: int) -> list[Instruction]:
     """Returns instructions that are alike but for their micro-batch for one of them."""
-    return [tuple.__new__(Instruction, (*i[:2], micro_batch, *i[3:])) for i in patterns]
+    new = tuple.__new__
+    return [
+        new(Instruction, (op, s, micro_batch, several, peer, rows, part, layers, tied, tile, ranks, size))
+        for op, s, _, several, peer, rows, part, layers, tied, tile, ranks, size in patterns
+    ]
 
 
 def collective_key(i: Instruction) -> tuple[object, ...]:
