@@ -105,7 +105,7 @@ ROOM_LINES = {
     "profiling": 900,
     "program": 1_920,
     "report": 2_130,
-    "rivals": 300,
+    "rivals": 310,
     "runtime": 4_700,
     "search": 9_100,
     "simulate": 1_970,

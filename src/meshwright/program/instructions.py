@@ -87,11 +87,24 @@ def micro_batches_of(i: Instruction) -> range:
 
 def of_micro_batch(patterns: Iterable[Instruction], micro_batch: int) -> list[Instruction]:
     """Returns instructions that are alike but for their micro-batch for one of them."""
-    new = tuple.__new__
-    return [
-        new(Instruction, (op, s, micro_batch, several, peer, rows, part, layers, tied, tile, ranks, size))
-        for op, s, _, several, peer, rows, part, layers, tied, tile, ranks, size in patterns
-    ]
+    found = []
+    for op, stage, _, several, peer, rows, part, layers, tied, tile, ranks, size in patterns:
+        of_one = (
+            op,
+            stage,
+            micro_batch,
+            several,
+            peer,
+            rows,
+            part,
+            layers,
+            tied,
+            tile,
+            ranks,
+            size,
+        )
+        found.append(tuple.__new__(Instruction, of_one))
+    return found
 
 
 def collective_key(i: Instruction) -> tuple[object, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from meshwright.rivals import amp
 from meshwright.search.candidate import CandidatePipeline, StageDevices, excess_bytes
-from meshwright.search.candidate_estimate import candidate_seconds
+from meshwright.search.candidate_estimate import candidate_seconds, compute_seconds
 from meshwright.search.costs import Costs, group_times
 from meshwright.search.layer_partition import Stages, least_excess
 from meshwright.search.space import divisors, legal_widths, usable_devices
@@ -247,6 +247,8 @@ def _fastest(
     for pipeline in pipelines:
         raise_if_stopped()
         limit = best[1] if best else float("inf")
+        if best and compute_seconds(costs, pipeline, "1f1b") >= limit:
+            continue
         seconds = candidate_seconds(costs, (pipeline,), "1f1b", limit)
         if seconds < limit:
             best = pipeline, seconds

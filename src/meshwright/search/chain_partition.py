@@ -129,9 +129,7 @@ def _traced(groups: Sequence[TensorGroup], choices: Sequence[Choices]) -> Stages
     return tuple(stages)
 
 
-def _stage_loads(
-    costs: Costs, groups: Sequence[TensorGroup], rows: int, held: int
-) -> Table:
+def _stage_loads(costs: Costs, groups: Sequence[TensorGroup], rows: int, held: int) -> Table:
     """Returns the seconds of a micro-batch on a stage that holds `held` of them; infinite where
     they do not fit."""
     number = len(groups)

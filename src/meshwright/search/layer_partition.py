@@ -264,15 +264,13 @@ def _replicas_excess(costs: Costs, replicas: Replicas, held: int, *, recompute: 
 def least_bottleneck(loads: Loads) -> float | None:
     """Returns the seconds of the slowest stage, `PRECISE` of the least possible, of loads that grow
     with every layer; None if no cuts avoid forbidden ranges."""
-    rows_of = {id(table): list(table) for table in distinct(loads)}
-    rows = [rows_of[id(table)] for table in loads]
-    high = _bottleneck_within(rows, _MOST)
+    high = _bottleneck_within(loads, _MOST)
     if high is None:
         return None
     low = max(float(np.minimum.reduce(table.diagonal(1))) for table in distinct(loads))
     while high > low * (1 + PRECISE):
         middle = 0.5 * (low + high)
-        found = _bottleneck_within(rows, middle)
+        found = _bottleneck_within(loads, middle)
         if found is None:
             low = middle
         else:
@@ -280,14 +278,14 @@ def least_bottleneck(loads: Loads) -> float | None:
     return high
 
 
-def _bottleneck_within(rows: Sequence[Sequence[Array]], most: float) -> float | None:
+def _bottleneck_within(loads: Loads, most: float) -> float | None:
     """Returns the slowest stage where each, from the first on, takes as many layers as it can in
     `most` seconds; None if some are left over."""
-    last = len(rows[0]) - 1
+    last = len(loads[0]) - 1
     at, slowest = 0, 0.0
-    for s, table in enumerate(rows):
+    for s, table in enumerate(loads):
         row = table[at]
-        end = bisect_right(row, most, at + 1, last + 2 - len(rows) + s) - 1
+        end = bisect_right(row, most, at + 1, last + 2 - len(loads) + s) - 1
         if end <= at:
             return None
         slowest = max(slowest, float(row[end]))

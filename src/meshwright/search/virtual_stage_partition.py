@@ -211,9 +211,7 @@ def _shifts(size: int) -> NDArray[np.intp]:
     return np.array(rows, dtype=np.intp).reshape(-1, size)
 
 
-def _seconds(
-    tables: _CutTables, bounds: NDArray[np.intp], limit: float = float("inf")
-) -> Array:
+def _seconds(tables: _CutTables, bounds: NDArray[np.intp], limit: float = float("inf")) -> Array:
     """Returns the seconds of each choice of cuts [N, K + 1]:
 
         M * busiest group + (G - 1) * slowest stage / 3 + transfers of one micro-batch

@@ -129,33 +129,22 @@ class _Listing:
                 choose(g, at)
 
     def choose(self, g: int, at: float) -> None:
-        """Lets a free group take its most urgent action, or look again when one can begin.
-
-        The input of an action arrives when its source has begun it, its receive is posted and the
-        link is free, after the seconds of the message; at once where no message is sent."""
+        """Lets a free group take its most urgent action, or look again when one can begin."""
         best, urgency, coming, arrived = -1, inf, inf, 0.0
         behind, late, lags = 0, -1, self.lags
         posted = self.before[g][0]
-        for s, (fed, made, wait, free), (undone, there, way, line) in self.held_by[g]:
+        for s, for_f, for_b in self.held_by[g]:
             if lags[s] > behind:
                 behind, late = lags[s], s
-            done, back = len(fed), len(undone)
+            done, back = len(for_f[0]), len(for_b[0])
             if done > back:
-                ready = 0.0 if there is None else there[back] if back < len(there) else inf
-                if way is not None:
-                    if posted > ready:
-                        ready = posted
-                    ready = (line[0] if line[0] > ready else ready) + way
+                ready = _ready(for_b, back, posted)
                 if ready > at:
                     coming = ready if ready < coming else coming
                 elif self.stages - s < urgency:
                     best, urgency, arrived = 4 * s + self.backward(s), self.stages - s, ready
             if done < self.count and done - back < self.ahead[s]:
-                ready = 0.0 if made is None else made[done] if done < len(made) else inf
-                if wait is not None:
-                    if posted > ready:
-                        ready = posted
-                    ready = (free[0] if free[0] > ready else ready) + wait
+                ready = _ready(for_f, done, posted)
                 if ready > at:
                     coming = ready if ready < coming else coming
                 elif self.first - s < urgency and self.held[g] + self.full[s] <= self.room[g]:
@@ -200,7 +189,9 @@ class _Listing:
             if free is not None:
                 free[0] = arrived
             if other >= 0 and self.now[other] <= end:
-                heappush(events, (end, other))  # else it looks again when it is done, which is later
+                heappush(
+                    events, (end, other)
+                )  # else it looks again when it is done, which is later
         own.append(code)
         self.before[g].append(self.now[g])
         self.now[g] = end
@@ -209,6 +200,22 @@ class _Listing:
             events.clear()
         else:
             heappush(events, (end, g))
+
+
+def _ready(need: Need, m: int, posted: float) -> float:
+    """Returns when the input of a micro-batch arrives whose receive was `posted` by then; infinite
+    until its source has begun."""
+    _, made, wait, free = need
+    if made is None:
+        return 0.0
+    if m >= len(made):
+        return inf
+    begins = made[m]
+    if wait is None:
+        return begins
+    if posted > begins:
+        begins = posted
+    return (free[0] if free[0] > begins else begins) + wait
 
 
 def _least_seconds(work: Work) -> tuple[list[float], list[float]]:
