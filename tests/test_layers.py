@@ -107,7 +107,7 @@ ROOM_LINES = {
     "program": 1_920,
     "recorded": 1_000,
     "report": 2_130,
-    "rivals": 300,
+    "rivals": 310,
     "runtime": 4_700,
     "search": 9_450,
     "simulate": 2_000,

@@ -6,6 +6,8 @@ from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from operator import itemgetter
 
 from meshwright.program.instructions import Instruction
 from meshwright.program.operations import Op, completing
@@ -102,22 +104,24 @@ class _CriticalPath:
     def __init__(self, step: Timeline | SimulatedStep) -> None:
         self.tolerance = 1e-9 * step.step_seconds
         self.does, self.every = _as_executed(step)
-        self.ranks: dict[int, _Done] = defaultdict(_Done)
-        self.reductions: list[Executed] = []
+        by_rank: dict[int, list[Executed]] = defaultdict(list)
         for each in self.every:
-            op = self.does[each[0]][each[1]].op
-            if op.stream == "compute":
-                self.ranks[each[0]].computed.append(each)
-            elif op.stream == "receive":
-                self.ranks[each[0]].received.append(each)
-            elif op.stream == "send":
-                self.ranks[each[0]].sent.append(each)
-            elif op.of_gradients:
-                self.reductions.append(each)
-            elif op.awaits == "all":
-                self.ranks[each[0]].norm = [each]
+            by_rank[each[0]].append(each)
+        self.ranks: dict[int, _Done] = defaultdict(_Done)
+        sums: list[Executed] = []
+        for rank, own in sorted(by_rank.items()):
+            own.sort(key=_begin)
+            kinds = [_kind(i.op) for i in self.does[rank]]
+            self.ranks[rank] = _Done(
+                computed=[each for each in own if kinds[each[1]] == "compute"],
+                received=[each for each in own if kinds[each[1]] == "receive"],
+                sent=[each for each in own if kinds[each[1]] == "send"],
+                norm=[each for each in own if kinds[each[1]] == "norm"][-1:],
+            )
+            sums += (each for each in own if kinds[each[1]] == "sum")
+        self.reductions = sorted(sums, key=_begin)
         self.compute = {
-            rank: InOrder(own.computed) for rank, own in sorted(self.ranks.items()) if own.computed
+            rank: InOrder(own.computed) for rank, own in self.ranks.items() if own.computed
         }
         self.known: dict[int, _LookedUp] = {}
         self.measured = isinstance(step, Timeline) and step.source == "measured"
@@ -207,12 +211,23 @@ class _CriticalPath:
         return max((ended for _, _, _, ended in self.computed(rank, before)), default=0.0)
 
 
+_begin = itemgetter(2)
+
+
+@cache
+def _kind(op: Op) -> str:
+    """Returns how the walk looks up an operation; empty for those that it never comes to so."""
+    if op.stream in ("compute", "receive", "send"):
+        return op.stream
+    return "sum" if op.of_gradients else "norm" if op.awaits == "all" else ""
+
+
 def _as_executed(
     step: Timeline | SimulatedStep,
 ) -> tuple[Mapping[int, Sequence[Instruction | Interval]], Sequence[Executed]]:
-    """Returns what every rank did, and when, in the order of a timeline."""
+    """Returns what every rank did, and when, that of each rank in some order of its own."""
     if isinstance(step, SimulatedStep):
-        return dict(enumerate(step.program.ranks)), step.in_order()
+        return dict(enumerate(step.program.ranks)), step.executed
     does: dict[int, list[Interval]] = defaultdict(list)
     every = []
     for i in step.intervals:
@@ -241,7 +256,8 @@ def critical_path(step: Timeline | SimulatedStep) -> tuple[PathSegment, ...]:
 def _segments(walk: _CriticalPath, step_seconds: float) -> tuple[PathSegment, ...]:
     segments: list[PathSegment] = []
     now, seen = step_seconds, set[tuple[int, int]]()
-    gates = walk.latest(walk.every, now)
+    # As in a timeline: in the order of the begins, and of ranks.
+    gates = sorted(walk.latest(walk.every, now), key=itemgetter(2, 0))
     while gates:
         rank, index, start, ended = _likeliest(gates, walk.tolerance)
         seen.add((rank, index))
@@ -283,8 +299,8 @@ def step_breakdown(step: Timeline | SimulatedStep) -> dict[str, float]:
     for s in _segments(walk, step.step_seconds):
         seconds[s.part] += s.end_seconds - s.start_seconds
     busy = [
-        sum(e - b for _, n, b, e in own.every if walk.does[rank][n].op.part == "compute")
-        for rank, own in walk.compute.items()
+        sum(e - b for _, n, b, e in own.every if does[n].op.part == "compute")
+        for own, does in ((own, walk.does[rank]) for rank, own in walk.compute.items())
     ]
     needed = min(seconds["compute"], max(busy, default=0.0))
     seconds["bubble"] = seconds["compute"] - needed
