@@ -18,6 +18,7 @@ from meshwright.search.pipeline_seconds import Order
 from meshwright.search.template_estimate import (
     EstimateContext,
     Ints,
+    copies,
     group_facts,
     hop_latency,
     uplinks_between,
@@ -179,7 +180,7 @@ def _transfer(context: EstimateContext, builds: Builds) -> Array:
         joined = context.classes[i].joined
         own_B = builds.rows / width_B * context.widest_cut
         run_B = context.classes[i].each // tensor // block_B
-        across_B = own_B * block_B * tensor / network.bandwidth + network.latency
+        across_B = own_B * block_B * copies(context, tensor) / network.bandwidth + network.latency
         inside_B = own_B / inside.bandwidth + inside.latency
         joined_B = own_B / joined.bandwidth + joined.latency
         between_B = -(-run_B // _per_island(context.classes[i], tensor, block_B)) - 1
@@ -203,7 +204,9 @@ def _across_sites(context: EstimateContext, builds: Builds) -> tuple[float, Arra
         latency, bandwidth = uplinks_between(context, here, there)
         late += latency
         slowest = max(slowest, 1 / bandwidth)
-    size_B: Array = np.asarray(builds.rows * (context.widest_cut * max(builds.tensors)))
+    size_B: Array = np.asarray(
+        builds.rows * (context.widest_cut * copies(context, max(builds.tensors)))
+    )
     return late, size_B * slowest
 
 

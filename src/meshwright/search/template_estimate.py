@@ -29,6 +29,7 @@ from meshwright.search.costs import (
     reduced_width,
     split_prefix,
     stage_bytes,
+    usual_cut_bytes,
 )
 from meshwright.search.device_classes import DeviceClass, PipelineTemplate, StageRun
 from meshwright.search.pipeline_seconds import Order, PipelinePrices
@@ -108,14 +109,13 @@ class EstimateContext:
 
 def estimate_context(costs: Costs, every: tuple[DeviceClass, ...], order: Order) -> EstimateContext:
     """Makes a context in which nothing has been computed yet."""
-    inner = costs.table.cut[1:-1]
     names = [layer.signature for layer in costs.model.layers]
     common, number = Counter(names).most_common(1)[0]
     return EstimateContext(
         costs=costs,
         order=order,
         classes=every,
-        widest_cut=float(np.median(inner)) if len(inner) else 0.0,
+        widest_cut=usual_cut_bytes(costs),
         gradients=float(stage_parameters(costs.table.weights, (0, len(names)), 1))
         * reduced_width(costs),
         common=(names.index(common), number),
@@ -351,15 +351,25 @@ def transfer_seconds(
         return fixed + inside.latency + each * shared / inside.bandwidth
     ends = [(source, here), (target, there)]
     seconds = max(
-        rows / s.width * s.block * s.tensor * context.widest_cut / device_class.network.bandwidth
+        each
+        * copies(context, s.tensor)
+        * s.block
+        * here.width
+        / s.width
+        / device_class.network.bandwidth
         for device_class, s in ends
     )
     latency = max(device_class.network.latency for device_class, _ in ends)
     if source.site != target.site:
         late, bandwidth = uplinks_between(context, here.device_class, there.device_class)
-        carried = rows * max(here.tensor, there.tensor) * context.widest_cut
+        carried = rows * copies(context, max(here.tensor, there.tensor)) * context.widest_cut
         seconds, latency = max(seconds, carried / bandwidth), max(latency, late)
     return fixed + latency + seconds
+
+
+def copies(context: EstimateContext, tensor: int) -> int:
+    """Returns how often a micro-batch crosses a network between stages of a tensor width."""
+    return 1 if context.costs.scatters else tensor
 
 
 def uplinks_between(context: EstimateContext, here: int, there: int) -> tuple[float, float]:

@@ -9,7 +9,8 @@ from meshwright.plan.spec import BoundaryKind, Pipeline, Plan
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
 from meshwright.search.incumbent import Incumbent, work_of
 
-KINDS: tuple[BoundaryKind, ...] = ("scatter_gather", "broadcast")
+KINDS: tuple[BoundaryKind | None, ...] = ("scatter_gather", "broadcast", None)
+"""None: direct, as plans write it."""
 
 WORK = 4_000
 """Limit on ranks x micro-batches, summed over the plans that are simulated."""
@@ -39,7 +40,7 @@ def propose(incumbent: Incumbent) -> Proposals:
         left -= work
         if plan != best.plan:
             where = "" if len(changed) > 1 else f" before stage {changed[0][1] + 1}"
-            yield Proposal(plan, f"{best.name}, {kind}{where}", is_variant=True)
+            yield Proposal(plan, f"{best.name}, {kind or 'direct'}{where}", is_variant=True)
 
 
 OPTION = PlanOption("boundary-kinds", propose)
@@ -54,8 +55,8 @@ def wide_cuts(plan: Plan) -> Iterator[Cut]:
                 yield p, s
 
 
-def with_boundaries(plan: Plan, cuts: Iterable[Cut], kind: BoundaryKind) -> Plan:
-    """Returns the plan with another kind of boundary at these cuts."""
+def with_boundaries(plan: Plan, cuts: Iterable[Cut], kind: BoundaryKind | None) -> Plan:
+    """Returns the plan with another kind of boundary at these cuts; None: direct."""
     chosen = set(cuts)
 
     def changed(p: int, pipeline: Pipeline) -> Pipeline:
