@@ -9,8 +9,7 @@ from meshwright.plan.spec import BoundaryKind, Pipeline, Plan
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
 from meshwright.search.incumbent import Incumbent, work_of
 
-KINDS: tuple[BoundaryKind | None, ...] = ("scatter_gather", "broadcast", None)
-"""None: direct, as plans write it."""
+KINDS: tuple[BoundaryKind, ...] = ("scatter_gather", "broadcast")
 
 WORK = 4_000
 """Limit on ranks x micro-batches, summed over the plans that are simulated."""
@@ -27,8 +26,9 @@ def propose(incumbent: Incumbent) -> Proposals:
     if incumbent.best is None:
         return
     cuts = list(wide_cuts(incumbent.best.plan))
-    tries = [(cuts, kind) for kind in KINDS if cuts]
-    tries += [([cut], kind) for cut in cuts for kind in KINDS if len(cuts) > 1]
+    kinds = (*KINDS, None)
+    tries = [(cuts, kind) for kind in kinds if cuts]
+    tries += [([cut], kind) for cut in cuts for kind in kinds if len(cuts) > 1]
     left = WORK
     for done, (changed, kind) in enumerate(tries):
         best = incumbent.best
