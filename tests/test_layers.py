@@ -107,7 +107,7 @@ ROOM_LINES = {
     "report": 2_130,
     "rivals": 300,
     "runtime": 4_700,
-    "search": 9_100,
+    "search": 9_250,
     "simulate": 1_970,
     "testbed": 1_550,
     "workflows": 1_920,

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from meshwright.search.boundary_prices import copies
 from meshwright.search.costs import Array
 from meshwright.search.device_classes import DeviceClass
 from meshwright.search.pipeline_seconds import Order
 from meshwright.search.template_estimate import (
     EstimateContext,
     Ints,
-    copies,
     group_facts,
     hop_latency,
     uplinks_between,
@@ -180,7 +180,9 @@ def _transfer(context: EstimateContext, builds: Builds) -> Array:
         joined = context.classes[i].joined
         own_B = builds.rows / width_B * context.widest_cut
         run_B = context.classes[i].each // tensor // block_B
-        across_B = own_B * block_B * copies(context, tensor) / network.bandwidth + network.latency
+        across_B = (
+            own_B * block_B * copies(context.costs, tensor) / network.bandwidth + network.latency
+        )
         inside_B = own_B / inside.bandwidth + inside.latency
         joined_B = own_B / joined.bandwidth + joined.latency
         between_B = -(-run_B // _per_island(context.classes[i], tensor, block_B)) - 1
@@ -205,7 +207,7 @@ def _across_sites(context: EstimateContext, builds: Builds) -> tuple[float, Arra
         late += latency
         slowest = max(slowest, 1 / bandwidth)
     size_B: Array = np.asarray(
-        builds.rows * (context.widest_cut * copies(context, max(builds.tensors)))
+        builds.rows * (context.widest_cut * copies(context.costs, max(builds.tensors)))
     )
     return late, size_B * slowest
 

@@ -137,6 +137,11 @@ def boundary_kind(costs: Costs, here: StageDevices, there: StageDevices) -> Boun
     return boundary_prices(costs, here, there)[0].kind
 
 
+def copies(costs: Costs, tensor: int) -> int:
+    """Returns how often a row crosses a network between stages of a tensor width."""
+    return 1 if costs.scatters else tensor
+
+
 def _is_wide(costs: Costs, here: StageDevices, there: StageDevices) -> bool:
     """True if the kind of a cut makes a difference and may be chosen."""
     return costs.scatters and max(len(here.groups[0]), len(there.groups[0])) > 1

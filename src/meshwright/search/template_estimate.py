@@ -19,6 +19,7 @@ from meshwright.cluster.spec import Link
 from meshwright.cost.weights import stage_parameters
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.schedules import in_flight
+from meshwright.search.boundary_prices import copies
 from meshwright.search.bounds import optimizer_of
 from meshwright.search.candidate import divide_the_widest
 from meshwright.search.costs import (
@@ -342,19 +343,18 @@ def transfer_seconds(
 ) -> float:
     """Returns the seconds of a usual activation to the next stage, all replicas at once."""
     source, target = (context.classes[here.device_class], context.classes[there.device_class])
-    rows = template.rows
     fixed = context.costs.system.boundary
-    each = rows / here.width * context.widest_cut
+    carried = template.rows * context.widest_cut
+    each = carried / here.width
     inside = _link_inside(context, template, stage, here) if here == there else None
     if inside:
         shared = here.block * here.tensor if inside.shared else 1
         return fixed + inside.latency + each * shared / inside.bandwidth
     ends = [(source, here), (target, there)]
     seconds = max(
-        each
-        * copies(context, s.tensor)
+        carried
         * s.block
-        * here.width
+        * copies(context.costs, s.tensor)
         / s.width
         / device_class.network.bandwidth
         for device_class, s in ends
@@ -362,14 +362,9 @@ def transfer_seconds(
     latency = max(device_class.network.latency for device_class, _ in ends)
     if source.site != target.site:
         late, bandwidth = uplinks_between(context, here.device_class, there.device_class)
-        carried = rows * copies(context, max(here.tensor, there.tensor)) * context.widest_cut
+        carried *= copies(context.costs, max(here.tensor, there.tensor))
         seconds, latency = max(seconds, carried / bandwidth), max(latency, late)
     return fixed + latency + seconds
-
-
-def copies(context: EstimateContext, tensor: int) -> int:
-    """Returns how often a micro-batch crosses a network between stages of a tensor width."""
-    return 1 if context.costs.scatters else tensor
 
 
 def uplinks_between(context: EstimateContext, here: int, there: int) -> tuple[float, float]:
