@@ -13,16 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from meshwright.search.boundary_prices import copies
-from meshwright.search.costs import Array
+from meshwright.search.costs import Array, hop_latency
 from meshwright.search.device_classes import DeviceClass
 from meshwright.search.pipeline_seconds import Order
-from meshwright.search.template_estimate import (
-    EstimateContext,
-    Ints,
-    group_facts,
-    hop_latency,
-    uplinks_between,
-)
+from meshwright.search.template_estimate import EstimateContext, Ints, group_facts, uplinks_between
 
 HIDDEN = 0.6
 """Share of a stage's seconds that its reductions overlap with: its last backward, about two thirds,

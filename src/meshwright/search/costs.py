@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cluster.spec import Cluster, Device, devices_of
+from meshwright.cluster.spec import Cluster, Device, Link, devices_of
 from meshwright.cluster.topology import Topology
 from meshwright.cost.collective import (
     Traffic,
@@ -321,6 +321,11 @@ def micro_batches_held(
 def reduced_width(costs: Costs) -> float:
     """Returns the bytes on the links for the gradient of one parameter."""
     return gradient_bytes(costs.job) * costs.system.gradient_width
+
+
+def hop_latency(costs: Costs, link: Link) -> float:
+    """Returns the latency of one step of a ring."""
+    return max(link.latency, costs.step_latency)
 
 
 def usual_cut_bytes(costs: Costs) -> float:

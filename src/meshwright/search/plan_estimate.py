@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from meshwright.cost.links import overhead_seconds
+from meshwright.search.costs import hop_latency
 from meshwright.search.pipeline_seconds import pipeline_seconds
-from meshwright.search.template_estimate import EstimateContext, TemplateEstimate, hop_latency
+from meshwright.search.template_estimate import EstimateContext, TemplateEstimate
 
 
 def after(context: EstimateContext, estimates: Sequence[TemplateEstimate]) -> float:

@@ -26,6 +26,7 @@ from meshwright.search.costs import (
     Costs,
     group_capacity,
     group_prefix,
+    hop_latency,
     micro_batches_held,
     reduced_width,
     split_prefix,
@@ -307,11 +308,6 @@ def _prices(
     return PipelinePrices(forward, backward, inputs, weights, held, moved, moved, 0.0)
 
 
-def hop_latency(costs: Costs, link: Link) -> float:
-    """Returns the latency of one step of a ring."""
-    return max(link.latency, costs.step_latency)
-
-
 def reduction_seconds(
     context: EstimateContext, run: StageRun, held: float, *, crowded: bool
 ) -> float:
@@ -343,7 +339,7 @@ def transfer_seconds(
 ) -> float:
     """Returns the seconds of a usual activation to the next stage, all replicas at once."""
     source, target = (context.classes[here.device_class], context.classes[there.device_class])
-    fixed = context.costs.system.boundary
+    costs, fixed = context.costs, context.costs.system.boundary
     carried = template.rows * context.widest_cut
     each = carried / here.width
     inside = _link_inside(context, template, stage, here) if here == there else None
