@@ -348,17 +348,13 @@ def transfer_seconds(
         return fixed + inside.latency + each * shared / inside.bandwidth
     ends = [(source, here), (target, there)]
     seconds = max(
-        carried
-        * s.block
-        * copies(context.costs, s.tensor)
-        / s.width
-        / device_class.network.bandwidth
+        carried * s.block * copies(costs, s.tensor) / s.width / device_class.network.bandwidth
         for device_class, s in ends
     )
     latency = max(device_class.network.latency for device_class, _ in ends)
     if source.site != target.site:
         late, bandwidth = uplinks_between(context, here.device_class, there.device_class)
-        carried *= copies(context.costs, max(here.tensor, there.tensor))
+        carried *= copies(costs, max(here.tensor, there.tensor))
         seconds, latency = max(seconds, carried / bandwidth), max(latency, late)
     return fixed + latency + seconds
 
