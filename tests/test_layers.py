@@ -109,7 +109,7 @@ ROOM_LINES = {
     "report": 2_130,
     "rivals": 310,
     "runtime": 4_700,
-    "search": 9_450,
+    "search": 9_600,
     "simulate": 2_000,
     "testbed": 1_550,
     "workflows": 2_030,
