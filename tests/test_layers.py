@@ -107,7 +107,7 @@ ROOM_LINES = {
     "report": 2_130,
     "rivals": 300,
     "runtime": 4_700,
-    "search": 9_200,
+    "search": 9_300,
     "simulate": 2_000,
     "testbed": 1_550,
     "workflows": 1_950,
