@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cluster.spec import DeviceType, Precision
+from meshwright.cluster.spec import (
+    DeviceType,
+    Precision,
+    ReachedShares,
+    reached_shares_in,
+)
 from meshwright.cost.constants import DEFAULT_DEVICE, DeviceConstants, device_constants
 from meshwright.cost.profile import LayerTime, Profile
 from meshwright.errors import ClusterError, Problem
@@ -89,6 +94,18 @@ def peak_flops(device: DeviceType, precision: Precision) -> float:
     return device.peak[precision]
 
 
+def matmul_shares(
+    device: DeviceType, precision: Precision, constants: DeviceConstants = DEFAULT_DEVICE
+) -> ForwardBackward:
+    """Returns the shares of the peak that matrix products of forward and backward reach: the
+    constant, if it was fitted, in both of them, else the device type's own."""
+    fitted = constants.matmul_efficiency
+    if fitted is not None:
+        return np.array([fitted, fitted])
+    own = reached_shares_in(device, precision)
+    return np.array([own.forward, own.backward])
+
+
 def split_share(split: float, whole: float, tensor: int) -> float:
     """Returns the share of `whole` that each of `tensor` ranks holds if they divide `split` of it.
 
@@ -118,7 +135,7 @@ def device_seconds(
     saved ones. Raises ClusterError (see `peak_flops`).
     """
     peak = peak_flops(device, precision)
-    e_matmul = constants.matmul_efficiency or device.matmul_efficiency
+    e_matmul = matmul_shares(device, precision, constants)
     e_attention = constants.attention_efficiency or device.attention_efficiency
     e_memory = constants.memory_efficiency or device.memory_efficiency
     total = layer.forward_flops + layer.attention_flops
@@ -289,11 +306,11 @@ def layer_seconds(
     constants = device_constants(profile.calibration if profile else None, device)
 
     heads = head_signatures(model)
-    output = head_constants(constants, device)
+    output = for_head(constants, device)
 
     def price(layer: Layer, width: int, size: float) -> ForwardBackward:
-        own = output if layer.signature in heads else constants
-        return roofline(layer, device, precision, width, size, own)
+        own, kind = output if layer.signature in heads else (constants, device)
+        return roofline(layer, kind, precision, width, size, own)
 
     def host(layer: Layer, width: int, size: int, measured: ForwardBackward) -> ForwardBackward:
         if device.processor == "cpu":
@@ -328,10 +345,19 @@ def head_signatures(model: LayerGraph) -> frozenset[str]:
     )
 
 
-def head_constants(constants: DeviceConstants, device: DeviceType) -> DeviceConstants:
-    """Returns the constants with the matmul efficiency of the output projection."""
-    efficiency = constants.matmul_efficiency or device.matmul_efficiency
-    return replace(constants, matmul_efficiency=efficiency * constants.head_efficiency)
+def for_head(constants: DeviceConstants, device: DeviceType) -> tuple[DeviceConstants, DeviceType]:
+    """Returns the constants and the device type with the matmul efficiency of the output
+    projection: the fitted one, or the device type's own shares, times `head_efficiency`."""
+    scale = constants.head_efficiency
+    if constants.matmul_efficiency is not None:
+        fitted = constants.matmul_efficiency * scale
+        return replace(constants, matmul_efficiency=fitted), device
+    shares = device.matmul_shares and {
+        precision: ReachedShares(forward=each.forward * scale, backward=each.backward * scale)
+        for precision, each in device.matmul_shares.items()
+    }
+    own = device.matmul_efficiency * scale
+    return constants, replace(device, matmul_efficiency=own, matmul_shares=shares)
 
 
 def optimizer_seconds(
