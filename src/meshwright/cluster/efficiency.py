@@ -180,8 +180,8 @@ ARCHITECTURES = {
     ),
 }
 """Holds every generation by name. Joules and shares are from products of PyTorch, sizes 1024 to
-10240, in zzc0721/torch-performance-test-data (2025-26: `database.md` and issues 43, 97, 160, 161, 185),
-from the table of achievable products in stas00/ml-engineering (2024-26), and from AMD's own
+10240, in zzc0721/torch-performance-test-data (2025-26: `database.md`, issues 43, 97, 160, 161 and
+185), from the table of achievable products in stas00/ml-engineering (2024-26), and from AMD's own
 (ROCm blog "Measuring Max-Achievable FLOPs, part 2", 2025), less the power of memory traffic:
 
 pascal: Tesla P4 4.96 of 5.44 fp32 at 75 W, P40 10.07 of 11.8. volta: V100S 88.9 TFLOP/s at 250 W,
@@ -203,7 +203,8 @@ class SharedFactors:
     """Holds the numbers of the law that all devices share."""
 
     forward_exponent: PositiveShare = 0.54
-    """Of 16-bit products in a forward, which ends before the power controller has slowed it."""
+    """The exponent of 16-bit products in a forward, which ends before the power controller has slowed
+    it."""
     backward_exponent: PositiveShare = 0.80
     vector_exponent: PositiveShare = 0.80
     vector_forward: Ratio = 0.97
