@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from meshwright.model.config import LanguageModel
-from meshwright.model.spec import Division, Layer, LayerGraph, Tensor, with_division
+from meshwright.model.spec import Division, Layer, LayerGraph, Tensor, Tied, with_division
 from meshwright.model.transformer.counted_graph import counted_graph
 from meshwright.model.unfused import MOVED, SAVED, with_unfused_attention
 
@@ -27,7 +27,9 @@ def _nothing() -> Layer:
     )
 
 
-def _chain(name: str, sequence: int, layers: list[Layer], cuts: list[float]) -> LayerGraph:
+def _chain(
+    name: str, sequence: int, layers: list[Layer], cuts: list[float], tied: tuple[Tied, ...] = ()
+) -> LayerGraph:
     """Layers in a row, each with a signature of its own: all were measured one by one."""
     return LayerGraph(
         name=name,
@@ -41,12 +43,13 @@ def _chain(name: str, sequence: int, layers: list[Layer], cuts: list[float]) -> 
             Tensor(name=f"t{index}", bytes=size, producer=index, consumers=(index + 1,))
             for index, size in enumerate(cuts)
         ),
+        tied=tied,
     )
 
 
 def gpt2() -> LayerGraph:
     """GPT-2 medium of Megatron: embedding, nothing, 24 blocks, nothing twice, output projection,
-    loss. Both embeddings are counted, as AMP counts them."""
+    loss. The first and the last stage hold the embedding, which is tied; AMP counts two."""
     shape = LanguageModel(
         name="gpt2",
         family="gpt2",
@@ -58,20 +61,23 @@ def gpt2() -> LayerGraph:
         kv_heads=16,
         head=64,
         hidden=4096,
+        tied=True,
     )
     plain = with_unfused_attention(counted_graph(shape, 1024, "fp16"), shape.heads)
     embedding, *blocks, head = plain.layers
     logits = float(1024 * 52256)
-    projection = replace(head, traffic_bytes=logits * HALF, saved_bytes=0.0, workspace_bytes=0.0)
+    written = logits * HALF
+    projection = replace(head, traffic_bytes=written, saved_bytes=0.0, workspace_bytes=0.0)
     tensor = head.along("tensor")
-    projection = with_division(projection, replace(tensor, saved_bytes=0.0))
+    projection = with_division(projection, replace(tensor, traffic_bytes=written, saved_bytes=0.0))
     loss = replace(head, forward_flops=0.0, backward_flops=0.0, parameters=0)
-    loss = replace(loss, traffic_bytes=head.traffic_bytes - logits * HALF)
+    loss = replace(loss, traffic_bytes=head.traffic_bytes - written)
     loss = with_division(
         loss,
         replace(
             tensor,
             flops=0.0,
+            traffic_bytes=tensor.traffic_bytes - written,
             parameters=0,
             forward_all_reduce_bytes=(),
             backward_all_reduce_bytes=(),
@@ -79,7 +85,8 @@ def gpt2() -> LayerGraph:
     )
     layers = [embedding, _nothing(), *blocks, _nothing(), _nothing(), projection, loss]
     stream = float(1024 * 1024 * HALF)
-    return _chain("gpt2", 1024, layers, [stream] * 28 + [logits * HALF])
+    tied = tuple(replace(each, layers=(0, len(layers) - 2)) for each in plain.tied)
+    return _chain("gpt2", 1024, layers, [stream] * 28 + [written], tied)
 
 
 def _transformer(tokens: int, width: int, window: int, heads: int) -> Layer:
@@ -103,6 +110,7 @@ def _transformer(tokens: int, width: int, window: int, heads: int) -> Layer:
                 units=heads,
                 parameters=12 * width**2,
                 flops=products,
+                traffic_bytes=38 * stream * HALF * 12 / 17,
                 saved_bytes=12 * stream * HALF,
                 forward_all_reduce_bytes=(stream * HALF,) * 2,
                 backward_all_reduce_bytes=(stream * HALF,) * 2,

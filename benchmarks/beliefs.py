@@ -10,11 +10,10 @@ from pathlib import Path
 from meshwright.cluster.spec import DeviceType
 from meshwright.cost.constants import (
     Calibration,
-    DeviceConstants,
-    SystemConstants,
     implausible,
 )
 from meshwright.cost.fit_constants import FitParameter
+from meshwright.cost.runtimes import RUNTIMES
 from meshwright.errors import ProfileError
 from meshwright.records import dumps, load
 
@@ -37,25 +36,11 @@ def save(name: str, calibration: Calibration) -> None:
 
 
 A100 = ("A100-80",)
+_LINKS = {"inside_efficiency": 0.75, "network_efficiency": 0.75, "ring_step": 1e-5}
 MEGATRON_PRIOR = Calibration(
-    source="stated in advance: unfused attention, a python host, 16-bit weights and gradients",
-    devices={
-        "A100-80": DeviceConstants(
-            attention_efficiency=0.25,
-            launch_forward=1e-3,
-            launch_backward=1e-3,
-            weight_traffic=0.3,
-            optimizer_traffic=0.7,
-        )
-    },
-    system=SystemConstants(
-        inside_efficiency=0.75,
-        network_efficiency=0.75,
-        ring_step=10e-6,
-        boundary=20e-6,
-        gradient_width=0.5,
-        reduction_delay=1.0,
-    ),
+    source="stated in advance: Megatron's habits, unfused attention",
+    devices={"A100-80": replace(RUNTIMES["megatron"].device, attention_efficiency=0.25)},
+    system=replace(RUNTIMES["megatron"].system, **_LINKS),
 )
 MEGATRON_KNOBS = (
     FitParameter(name="matmul_efficiency", types=A100, start=0.8),
@@ -63,53 +48,44 @@ MEGATRON_KNOBS = (
     FitParameter(name="memory_efficiency", types=A100, start=0.8),
     FitParameter(name="head_efficiency", types=A100, start=0.8),
     FitParameter(name="launch_forward", types=A100, start=1e-3),
-    FitParameter(name="launch_backward", types=A100, start=1e-3),
-    FitParameter(name="layer_overhead", types=A100, start=1e-4),
+    FitParameter(name="launch_backward", types=A100, start=2e-3),
+    FitParameter(name="layer_overhead", types=A100, start=3e-4),
     FitParameter(name="optimizer_traffic", types=A100, start=0.7),
     FitParameter(name="inside_efficiency", start=0.75),
     FitParameter(name="ring_step", start=1e-5),
-    FitParameter(name="boundary", start=2e-5),
+    FitParameter(name="instruction", start=3e-4),
+    FitParameter(name="boundary", start=5e-5),
     FitParameter(name="step", start=1e-3),
 )
 
-_AMP_HOST = DeviceConstants(
-    launch_forward=5e-3, launch_backward=5e-3, weight_traffic=0.3, optimizer_traffic=0.7
-)
+_AMP_HOST = replace(RUNTIMES["deepspeed"].device, launch_forward=5e-3, launch_backward=5e-3)
 AMP_PRIOR = Calibration(
-    source="stated in advance: published GEMMs, slow hosts, TCP; gradients as 32-bit words",
+    source="stated in advance: DeepSpeed's habits, published GEMMs, slow hosts, TCP; gradients as "
+    "32-bit words",
     devices={
         "T4": replace(_AMP_HOST, matmul_efficiency=0.33),
         "V100-16": replace(_AMP_HOST, matmul_efficiency=0.71),
     },
-    system=SystemConstants(
-        inside_efficiency=0.75,
-        network_efficiency=0.75,
-        ring_step=20e-6,
-        boundary=2e-4,
-        gradient_width=1.0,
-        reduction_delay=1.0,
+    system=replace(
+        RUNTIMES["deepspeed"].system, **_LINKS | {"ring_step": 2e-5}, gradient_width=1.0
     ),
 )
 _BOTH = tuple(AMP_PRIOR.devices)
 AMP_KNOBS = (
     FitParameter(name="memory_efficiency", types=_BOTH, start=0.8),
+    FitParameter(name="launch_forward", types=_BOTH, start=5e-3),
     FitParameter(name="launch_backward", types=_BOTH, start=5e-3),
     FitParameter(name="inside_efficiency", start=0.75),
     FitParameter(name="network_efficiency", start=0.75),
+    FitParameter(name="instruction", start=1e-3),
 )
 """All of the framework, none of a GPU type: how many more bytes its kernels move than we count, how
-long the host takes over a backward beside a forward, what its collectives reach. What differs
+long the host takes over a layer and over an instruction, what its collectives reach. What differs
 between types is their datasheet, their published GEMM and the measured layer times."""
 
 FSDP_PRIOR = Calibration(
     source="stated in advance: the catalogue's efficiencies, 16-bit gradients on the links",
-    system=SystemConstants(
-        inside_efficiency=0.75,
-        network_efficiency=0.75,
-        ring_step=10e-6,
-        gradient_width=0.5,
-        shard_exposure=0.3,
-    ),
+    system=replace(RUNTIMES["fsdp"].system, **_LINKS),
 )
 
 

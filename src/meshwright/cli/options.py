@@ -38,6 +38,15 @@ class OptimizerChoice(StrEnum):
     SGD = "sgd"
 
 
+class RuntimeChoice(StrEnum):
+    """Lists the systems that may run a plan."""
+
+    MESHWRIGHT = "meshwright"
+    MEGATRON = "megatron"
+    DEEPSPEED = "deepspeed"
+    FSDP = "fsdp"
+
+
 class ObjectiveChoice(StrEnum):
     """Lists what a plan can be chosen for: the shortest step, or the lowest cost of a token."""
 
@@ -53,6 +62,13 @@ BudgetOption = Annotated[
     str | None,
     typer.Option(help="Stop improving after this time: 5s, 500 ms. Default: when done."),
 ]
+MarginOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Of plans whose predicted steps differ by less than this share, take one with fewer "
+        "stages and larger micro-batches. Default: 0.03 without --profile, else 0."
+    ),
+]
 ForbidOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -64,6 +80,13 @@ SequenceOption = Annotated[int, typer.Option(help="Tokens per row.")]
 PrecisionOption = Annotated[
     PrecisionChoice | None,
     typer.Option(help="Default: the fastest that every device supports."),
+]
+RuntimeOption = Annotated[
+    RuntimeChoice,
+    typer.Option(
+        help="The system that will run the plan: the step is predicted with its habits where "
+        "nothing was measured (fsdp: PyTorch's FSDP and pipelines)."
+    ),
 ]
 MeasuredTimes = Annotated[Path | None, typer.Option("--profile", help="Measured times.")]
 PricesOption = Annotated[
@@ -105,17 +128,19 @@ def say(text: str, *, to_errors: bool = False) -> None:
     typer.echo(printable(text, lines=True), err=to_errors)
 
 
-def search_limits(budget: str | None, forbid: list[str] | None) -> SearchLimits:
-    """Returns what BudgetOption and ForbidOption set, for each verb that searches. Raises
-    OptionError or PlanError, before any work is done, for values that they cannot have."""
+def search_limits(
+    budget: str | None, forbid: list[str] | None, margin: float | None = None
+) -> SearchLimits:
+    """Returns what BudgetOption, ForbidOption and MarginOption set, for each verb that searches.
+    Raises OptionError or PlanError, before any work is done, for values that they cannot have."""
     from meshwright.records import checked
     from meshwright.search.options import options_without
     from meshwright.workflows.session import SearchLimits
 
     forbidden = tuple(forbid or ())
     options_without(forbidden)
-    named = {"budget_seconds": "--budget"}
-    return checked(SearchLimits, named, budget_seconds=budget, forbidden=forbidden)
+    named = {"budget_seconds": "--budget", "margin": "--margin"}
+    return checked(SearchLimits, named, budget_seconds=budget, forbidden=forbidden, margin=margin)
 
 
 def check_outputs(*paths: Path | None) -> None:

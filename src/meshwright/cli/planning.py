@@ -18,6 +18,7 @@ from meshwright.cli.options import (
     FrontOption,
     JsonOption,
     LimitOption,
+    MarginOption,
     MeasuredTimes,
     ModelOption,
     NewPlanFile,
@@ -29,6 +30,8 @@ from meshwright.cli.options import (
     PrecisionOption,
     PricesOption,
     ProfileOption,
+    RuntimeChoice,
+    RuntimeOption,
     SequenceOption,
     app,
     check_outputs,
@@ -54,10 +57,12 @@ def plan(
     sequence: SequenceOption = 1024,
     precision: PrecisionOption = None,
     optimizer: OptimizerChoice = OptimizerChoice.ADAMW,
+    runtime: RuntimeOption = RuntimeChoice.MESHWRIGHT,
     profile: MeasuredTimes = None,
     output: NewPlanFile = Path("plan.json"),
     budget: BudgetOption = None,
     forbid: ForbidOption = None,
+    margin: MarginOption = None,
     prices: PricesOption = None,
     objective: ObjectiveOption = ObjectiveChoice.TIME,
     limit: LimitOption = None,
@@ -70,7 +75,7 @@ def plan(
     with search_progress() as watch:
         from meshwright.workflows.session import open_session
 
-        limits = search_limits(budget, forbid)
+        limits = search_limits(budget, forbid, margin)
         check_outputs(output, front)
         terms = money_terms(prices, objective, limit, front)
         session = open_session(
@@ -81,6 +86,7 @@ def plan(
             sequence=sequence,
             precision=precision.value if precision else None,
             optimizer=optimizer.value,
+            runtime=runtime.value,
         )
         for warning in session.warnings:
             say(f"warning: {warning}", to_errors=True)
@@ -152,6 +158,10 @@ def simulate(
     plan_file: PlanFile,
     cluster: ClusterOption = None,
     profile: ProfileOption = None,
+    runtime: Annotated[
+        RuntimeChoice | None,
+        typer.Option(help="The system that runs it; default: the plan's own."),
+    ] = None,
     trace: TraceOption = None,
     program: Annotated[Path | None, typer.Option(help="Write the program as text.")] = None,
     report: PageOption = None,
@@ -164,7 +174,9 @@ def simulate(
 
     check_outputs(trace, program, report)
     terms = money_terms(prices)
-    session, found = reopen_plan(plan_file, cluster=cluster, profile=profile)
+    session, found = reopen_plan(
+        plan_file, cluster=cluster, profile=profile, runtime=runtime.value if runtime else None
+    )
     timeline = simulate_priced(found)
     timeline_summary(found.plan, timeline)
     expense = expense_text(found.plan, session, terms, timeline.step_seconds)
@@ -261,7 +273,7 @@ def whatif(
         from meshwright.workflows.session import reopen_plan
         from meshwright.workflows.what_if import ClusterEdits, what_if
 
-        limits = search_limits(budget, forbid)
+        limits = search_limits(budget, forbid, margin=0.0)
         check_outputs(output)
         terms = money_terms(prices, objective, limit)
         told = {"without": without, "added": add, "settings": set_}
@@ -307,7 +319,8 @@ def export(
     from meshwright import files
     from meshwright.plan.files import save_plan
     from meshwright.plan.ranks import describe_plan
-    from meshwright.workflows.export_plan import export_plan
+    from meshwright.units import format_seconds
+    from meshwright.workflows.export_plan import export_plan, seconds_there
     from meshwright.workflows.session import reopen_plan
 
     files.check_folder(output)
@@ -319,6 +332,8 @@ def export(
         say(f"wrote {output / name}")
     for sentence in found.not_expressed:
         say(f"not expressed: {sentence}")
+    seconds = seconds_there(session, found.plan, to)
+    say(f"predicted there: {format_seconds(seconds)} a step, with the habits of its runtime")
     if found.plan != opened.plan:
         save_plan(found.plan, output / "plan.json")
         say(f"wrote {output / 'plan.json'}: the nearest plan, {describe_plan(found.plan)}")

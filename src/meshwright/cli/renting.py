@@ -37,6 +37,7 @@ def planned(
 ) -> Plan:
     """Returns the plan for a cluster: the fastest, or the best by the terms, for which the front of
     speed and cost is printed and drawn. Raises LimitError if no plan keeps the limits."""
+    from meshwright.errors import OptionError, Problem
     from meshwright.money.outcomes import check_limits, cluster_prices
     from meshwright.workflows.session import search_plan
 
@@ -44,6 +45,9 @@ def planned(
     here = cluster_prices(terms.prices, session.cluster) if terms else None
     if terms is None or here is None or not (terms.choose or front):
         return search_plan(session, limits, progress=watch.tell, stop=watch.stop, found=watch.found)
+    if limits.margin is not None:
+        wanted = "none with --objective cost, --limit or --front: rentals are compared as predicted"
+        raise OptionError(Problem("--margin", "", f"{limits.margin:g}", wanted))
     from meshwright import files
     from meshwright.report.expenses import front_svg, print_choice, rented_text
     from meshwright.workflows.rent import rent

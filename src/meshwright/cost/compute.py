@@ -131,8 +131,7 @@ def device_seconds(
 
     Matrix products and elementwise operations are separate kernels that run one after the other, so
     their times add up. Attention is taken to have the same share of the FLOPs in the backward as in
-    the forward. Tensor ranks are taken to divide the same share of the moved activations as of the
-    saved ones. Raises ClusterError (see `peak_flops`).
+    the forward. Raises ClusterError (see `peak_flops`).
     """
     peak = peak_flops(device, precision)
     e_matmul = matmul_shares(device, precision, constants)
@@ -157,7 +156,9 @@ def _moved_bytes(
     divided = layer.along("tensor")
     parameters = layer.parameters * split_share(divided.parameters, layer.parameters, tensor)
     parameters *= weight_traffic
-    activations = layer.traffic_bytes * split_share(divided.saved_bytes, layer.saved_bytes, tensor)
+    activations = layer.traffic_bytes * split_share(
+        divided.traffic_bytes, layer.traffic_bytes, tensor
+    )
     moved: ForwardBackward = rows * activations * ACTIVATION_PASSES
     moved += parameters * np.array(WEIGHT_BYTES[precision])
     frozen = layer.frozen_parameters * split_share(

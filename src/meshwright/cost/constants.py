@@ -25,9 +25,9 @@ class DeviceConstants:
     memory_efficiency: PositiveShare | None = None
     """None in any of these three stands for the device type's own figure."""
     head_efficiency: PositiveShare = 1.0
-    launch_forward: Seconds = 50e-6
-    launch_backward: Seconds = 100e-6
-    layer_overhead: Seconds = 0.0
+    launch_forward: Seconds = 2e-4
+    launch_backward: Seconds = 4e-4
+    layer_overhead: Seconds = 1e-4
     weight_traffic: Ratio = 1.0
     optimizer_traffic: Ratio = 1.0
 
@@ -40,7 +40,9 @@ class SystemConstants:
     inside_efficiency: PositiveShare = 1.0
     network_efficiency: PositiveShare = 1.0
     ring_step: Seconds = 0.0
-    boundary: Seconds = 0.0
+    instruction: Seconds = 1e-4
+    boundary: Seconds = 3e-5
+    send_exposure: Ratio = 0.0
     gradient_width: Ratio = 1.0
     reduction_delay: Ratio = 0.0
     shard_exposure: Ratio = 0.3
@@ -92,21 +94,21 @@ CONSTANTS = {
         low=20e-6,
         high=6e-3,
         meaning="least time of a layer's forward: the host launches its kernels",
-        source="5 to 20 us an operation, 10 (plain) to 150 (with autocast, hooks) a layer",
+        source="5 to 20 us an operation; a block under autocast has 20, one with hooks up to 150",
     ),
     "launch_backward": Constant(
         unit="s per layer",
         low=20e-6,
         high=6e-3,
         meaning="least time of a layer's backward: the host launches its kernels",
-        source="twice the operations of the forward, issued by C++ instead of Python",
+        source="about twice the operations of the forward: 46 in that block",
     ),
     "layer_overhead": Constant(
         unit="s per layer",
         low=1e-7,
         high=1e-3,
         meaning="fixed time of a layer's forward, whatever the rows; a backward takes twice it",
-        source="a few us for the ramp and the tail of each of 10 to 100 kernels",
+        source="5 us for the ramp and the tail of each of 20 (a block) to 80 kernels",
     ),
     "weight_traffic": Constant(
         unit="share",
@@ -143,12 +145,26 @@ CONSTANTS = {
         meaning="fixed cost of one of the 2(n - 1) steps of a ring all-reduce",
         source="NCCL 5 to 20 us a step; more where ranks are out of step with each other",
     ),
+    "instruction": Constant(
+        unit="s per instruction",
+        low=1e-6,
+        high=1e-2,
+        meaning="host time of each forward and backward of a stage, its messages included",
+        source="benchmarks/overhead.py: 70 to 110 us (Meshwright); DeepSpeed's engine about a ms",
+    ),
     "boundary": Constant(
         unit="s per transfer",
         low=1e-6,
         high=1e-3,
         meaning="fixed cost of a transfer between stages",
         source="20 us (NCCL) to a ms (handshakes through the host)",
+    ),
+    "send_exposure": Constant(
+        unit="share",
+        low=0.0,
+        high=1.0,
+        meaning="share of a message's time in which its sender computes nothing",
+        source="0: asynchronous (Meshwright, DeepSpeed); 1: Megatron's schedules wait for it",
     ),
     "gradient_width": Constant(
         unit="share",
@@ -209,6 +225,8 @@ class Calibration:
     """A description for people of the runs that were fitted."""
     devices: dict[Name, DeviceConstants] = field(default_factory=dict)
     """The constants of every fitted device type."""
+    others: DeviceConstants | None = None
+    """Those of all types where none was fitted; None: the defaults."""
     system: SystemConstants = SystemConstants()
     error: ErrorBar | None = None
 
@@ -229,7 +247,7 @@ def device_constants(calibration: Calibration | None, device: DeviceType) -> Dev
     efficiencies of matrix products and attention are then the device type's own figures.
     """
     if calibration is None or not calibration.devices:
-        return DEFAULT_DEVICE
+        return calibration.others if calibration and calibration.others else DEFAULT_DEVICE
     if device.name in calibration.devices:
         return calibration.devices[device.name]
     distance, name = min((_distance(device, name), name) for name in calibration.devices)

@@ -53,9 +53,8 @@ def compute_price(i: Instruction, rank: RankContext) -> Price:
             context.deferred[key] = deferred_bytes(context.tables, seated.stage, tensor, rows)
         half = context.deferred[key]
         held = half - full if i.op is Op.BACKWARD_INPUT else -half * len(micro_batches_of(i))
-    return Price(
-        seconds=float(seated.times.of(i.op, len(micro_batches_of(i))).sum()), held_bytes=held
-    )
+    work = float(seated.times.of(i.op, len(micro_batches_of(i))).sum())
+    return Price(seconds=work + context.system.instruction, held_bytes=held)
 
 
 def norm_price(i: Instruction, rank: RankContext) -> Price:

@@ -23,6 +23,7 @@ from meshwright.cost.pricing_context import (
     one_micro_batch_memory,
 )
 from meshwright.cost.profile import Profile
+from meshwright.cost.runtimes import as_run_by
 from meshwright.cost.times import LayerTimeCache, ReplicaSeconds, layer_time_cache
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import (
@@ -67,6 +68,7 @@ def price_program(
     `times` are the layer times of the model, the cluster and the profile, if the caller has them.
     Raises ClusterError if a device does not offer the model's precision.
     """
+    profile = as_run_by(plan.job.runtime, profile, model)
     times = times or layer_time_cache(model, cluster, profile)
     context = _context(plan, model, cluster, profile, times)
     held = _placed_stages(program, context, times)

@@ -30,7 +30,8 @@ class Price:
     """Holds the price of one instruction on its rank."""
 
     seconds: float = 0.0
-    """The seconds of a compute instruction, with the tensor-parallel all-reduces of its layers."""
+    """The seconds of a compute instruction, with the tensor-parallel all-reduces of its layers; of
+    a send, those for which its rank waits before it goes on."""
     held_bytes: float = 0.0
     """The bytes of activations that a compute instruction adds: positive for a forward, from its
     start; negative for a backward, at its end."""

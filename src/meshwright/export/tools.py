@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from meshwright.errors import PlanError, Problem
 from meshwright.export.accelerate import accelerate_files
@@ -14,7 +14,7 @@ from meshwright.model.config import LanguageModel
 from meshwright.model.hf import language_model
 from meshwright.model.spec import LayerGraph
 from meshwright.model.transformer.defaults import base_of
-from meshwright.plan.spec import Plan
+from meshwright.plan.spec import Plan, RuntimeName
 from meshwright.text import did_you_mean, forbidden_character
 
 _WRITERS: dict[str, Callable[[Plan, LayerGraph, LanguageModel], dict[str, str]]] = {
@@ -25,6 +25,14 @@ _WRITERS: dict[str, Callable[[Plan, LayerGraph, LanguageModel], dict[str, str]]]
 }
 PIPELINING = "pipelining-csv"
 TOOLS = (*_WRITERS, PIPELINING)
+RUNTIME_OF: Mapping[str, RuntimeName] = {
+    "torchtitan": "fsdp",
+    "megatron": "megatron",
+    "deepspeed": "deepspeed",
+    "accelerate": "fsdp",
+    PIPELINING: "fsdp",
+}
+"""With the habits of which system each tool runs a plan."""
 
 
 def check_tool(tool: str) -> None:

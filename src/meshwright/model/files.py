@@ -217,6 +217,7 @@ def _backward(entry: LayerEntry) -> float:
 
 def _layer(entry: LayerEntry, name: str, signature: str, incoming: int, *, flows: bool) -> Layer:
     saved = (entry.output if flows else 0) if entry.saved is None else entry.saved
+    moved = float(entry.output + saved if entry.traffic is None else entry.traffic)
     forward = entry.forward + entry.attention
     frozen = entry.frozen_parameters or 0
     return Layer(
@@ -226,18 +227,18 @@ def _layer(entry: LayerEntry, name: str, signature: str, incoming: int, *, flows
         attention_flops=entry.attention,
         backward_flops=_backward(entry) if flows else 0.0,
         has_backward=flows,
-        traffic_bytes=float(entry.output + saved if entry.traffic is None else entry.traffic),
+        traffic_bytes=moved,
         parameters=entry.parameters,
         saved_bytes=float(saved),
         workspace_bytes=float(entry.workspace),
         cast_parameters=entry.parameters if forward else 0,
         frozen_parameters=frozen,
         cast_frozen=frozen if forward else 0,
-        parallel=(_division(entry, saved, incoming),),
+        parallel=(_division(entry, saved, moved, incoming),),
     )
 
 
-def _division(entry: LayerEntry, saved: int, incoming: int) -> Division:
+def _division(entry: LayerEntry, saved: int, moved: float, incoming: int) -> Division:
     """Tells what tensor ranks divide of a layer: all of it, or nothing."""
     if entry.tensor_units == 1:
         return Division(axis="tensor", units=1)
@@ -247,6 +248,7 @@ def _division(entry: LayerEntry, saved: int, incoming: int) -> Division:
         parameters=entry.parameters,
         frozen_parameters=entry.frozen_parameters or 0,
         flops=entry.forward + entry.attention,
+        traffic_bytes=moved,
         saved_bytes=float(saved),
         forward_all_reduce_bytes=(float(entry.output),),
         backward_all_reduce_bytes=(float(incoming),) if incoming else (),

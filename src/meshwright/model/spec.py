@@ -52,6 +52,8 @@ class Division:
     """The part of its `frozen_parameters` that is divided."""
     flops: float = 0.0
     """The part of its forward_flops + attention_flops that is divided."""
+    traffic_bytes: float = 0.0
+    """The part of its `traffic_bytes` that is divided."""
     saved_bytes: float = 0.0
     """The part of its `saved_bytes` that is divided."""
     moments: tuple[Moment, ...] = ()

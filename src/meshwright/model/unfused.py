@@ -28,8 +28,12 @@ def with_unfused_attention(model: LayerGraph, heads: int) -> LayerGraph:
     scores = float(heads * model.sequence**2 * size)
 
     def saving(division: Division) -> Division:
-        saved = SAVED * scores if division.saved_bytes else 0.0
-        return replace(division, saved_bytes=division.saved_bytes + saved)
+        divided = scores if division.saved_bytes else 0.0
+        return replace(
+            division,
+            traffic_bytes=division.traffic_bytes + MOVED * divided,
+            saved_bytes=division.saved_bytes + SAVED * divided,
+        )
 
     def unfused(layer: Layer) -> Layer:
         if not layer.attention_flops:

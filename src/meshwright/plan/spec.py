@@ -48,6 +48,10 @@ ScheduleName = Literal[
 """Pipeline schedules. `list` (made by the list scheduler) and `custom` (by hand, or imported) are
 written out in the plan itself: `Pipeline.actions`."""
 
+RuntimeName = Literal["meshwright", "megatron", "deepspeed", "fsdp"]
+"""Systems that may run a plan: ours, those that it is exported to (Megatron-LM, DeepSpeed), and
+PyTorch's own FSDP and pipelines (torchtitan, Accelerate)."""
+
 BoundaryKind = Literal["direct", "scatter_gather", "broadcast"]
 """How tensors cross the cut between two stages. `direct`: each device receives all it needs from
 one device of the other side. `scatter_gather`: the devices of a replica send and receive equal
@@ -69,6 +73,8 @@ class Job:
     sequence: Tokens
     precision: Precision = "bf16"
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    runtime: RuntimeName = "meshwright"
+    """The system that runs it, with whose habits the step is predicted."""
 
 
 @record

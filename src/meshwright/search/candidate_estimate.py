@@ -92,9 +92,19 @@ def all_pipeline_prices(
                 for resource, each in message.occupied:
                     number, before = busy.get(resource, NO_USE)
                     busy[resource] = number + 1, before + each
+        if exposure := costs.system.send_exposure:
+            _let_senders_wait(prices, exposure)
         prices.busy = busy
         prices.busiest = max((each for _, each in busy.values()), default=0.0)
     return every
+
+
+def _let_senders_wait(prices: PipelinePrices, exposure: float) -> None:
+    """Adds to the work of every stage the part of its messages for which it waits."""
+    for cut, (ahead, back) in enumerate(zip(prices.ahead, prices.back, strict=True)):
+        prices.forward[cut] += exposure * ahead
+        prices.backward[cut + 1] += exposure * back
+        prices.inputs[cut + 1] += exposure * back
 
 
 def _stage_prices(costs: Costs, pipeline: CandidatePipeline) -> PipelinePrices:
@@ -106,7 +116,7 @@ def _stage_prices(costs: Costs, pipeline: CandidatePipeline) -> PipelinePrices:
             zip(pipeline.stages, pairwise(pipeline.bounds), strict=True)
         )
     ]
-    forward, backward, inputs, weights, held = zip(*found, strict=True)
+    forward, backward, inputs, weights, held = map(list, zip(*found, strict=True))
     return PipelinePrices(forward, backward, inputs, weights, held, [], [], 0.0)
 
 
@@ -145,11 +155,12 @@ def _priced_stage(
         micro_batches_held(costs, group, rows, layers, recompute=repeats)
         for group, rows in replicas
     ]
+    host = costs.system.instruction
     return (
-        ahead,
-        max(g[b] - g[a] for _, g in whole) + again,
-        max(i[b] - i[a] for i, _ in parts) + again,
-        max(w[b] - w[a] for _, w in parts),
+        ahead + host,
+        max(g[b] - g[a] for _, g in whole) + again + host,
+        max(i[b] - i[a] for i, _ in parts) + again + host,
+        max(w[b] - w[a] for _, w in parts) + host,
         min(held),
     )
 

@@ -27,6 +27,7 @@ from meshwright.cost.constants import SystemConstants, system_constants
 from meshwright.cost.links import reached_links
 from meshwright.cost.memory import MemoryTable, memory_tables, stage_memory, usable_bytes
 from meshwright.cost.profile import Profile
+from meshwright.cost.runtimes import as_run_by
 from meshwright.cost.times import (
     LayerTimeCache,
     ReplicaWork,
@@ -115,6 +116,7 @@ def costs_of(
     """Makes the prices of a model on a cluster, of which none is worked out before it is asked for.
     Measured links replace those of the cluster. `recomputation`: stages that do not fit otherwise
     may recompute."""
+    profile = as_run_by(job.runtime, profile, model)
     stated_cluster, cluster = cluster, reached_links(cluster, profile)
     tables, times = memory_tables(model, job), layer_time_cache(model, stated_cluster, profile)
     links = {n.name: (n.inside, n.islands and n.islands.link) for n in cluster.nodes}

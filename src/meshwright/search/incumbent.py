@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from bisect import insort
 from collections import Counter
@@ -217,6 +218,30 @@ def _refused(incumbent: Incumbent, strategy: Strategy) -> str:
     bound = max(pipeline_bound(costs, each, schedule) for each in pipelines)
     bound += after_pipelines(costs, pipelines)
     return "lower bound above the best" if bound >= incumbent.limit else ""
+
+
+def chosen(incumbent: Incumbent, margin: float) -> Evaluated:
+    """Returns the plan to train by: of plans whose predictions differ by at most `margin`, one with
+    few, large pieces of work.
+
+    A plan with twice as many pieces as another has to be faster by the whole margin. Without a
+    margin it is the simplest of the fastest.
+    """
+    assert incumbent.best is not None
+    if not margin:
+        return simplest(incumbent)
+    limit = incumbent.best.seconds * (1 + margin)
+    doubled = math.log2(1 + margin)
+    return min(
+        (each for each in incumbent.others if each.seconds <= limit),
+        key=lambda each: (each.seconds * pieces(each.plan) ** doubled, each.seconds),
+    )
+
+
+def pieces(plan: Plan) -> int:
+    """Counts the pieces of work that a row of stages passes on in a step: its micro-batches times
+    its stages, of the pipeline with most."""
+    return max(p.micro_batches * len(p.stages) for p in plan.pipelines)
 
 
 def simplest(incumbent: Incumbent) -> Evaluated:

@@ -30,9 +30,9 @@ Span = tuple[float, float]
 class PipelinePrices:
     """Holds the seconds of one micro-batch in a pipeline, by stage and by cut."""
 
-    forward: Sequence[float]
-    backward: Sequence[float]
-    inputs: Sequence[float]
+    forward: list[float]
+    backward: list[float]
+    inputs: list[float]
     """The part of a backward that computes the gradients of the inputs."""
     weights: Sequence[float]
     """The part that computes those of the weights."""

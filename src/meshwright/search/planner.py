@@ -38,9 +38,10 @@ from meshwright.search.incumbent import (
     Evaluated,
     Incumbent,
     Progress,
+    chosen,
     ignore,
     parts_in,
-    simplest,
+    pieces,
     simulate_and_record,
     step_of,
     work_of,
@@ -95,6 +96,7 @@ def find_plan(  # noqa: PLR0913 - options, each with a default
     forbidden: Collection[str] = (),
     progress: Progress | None = None,
     budget_seconds: float | None = None,
+    margin: float = 0.0,
     stop: Callable[[], bool] = never,
     found: Callable[[float], None] = ignore,
 ) -> Plan:
@@ -105,10 +107,11 @@ def find_plan(  # noqa: PLR0913 - options, each with a default
     the same input gives the same plan, byte for byte; with it, the best plan found when the time
     was up, or the first one that fits if that takes a moment longer. `stop` is asked several times
     a second; once it says yes, the search ends at once in the same way. `found` is told the step
-    seconds of every plan that is the best so far. Raises FitError when nothing fits, saying by how
-    much and what would help; ClusterError when no device offers the job's precision or a link
-    carries nothing; PlanError when job and model disagree, are too large, or the search had to end
-    before a plan was found.
+    seconds of every plan that is the best so far. Of plans within `margin` of the fastest one, a
+    share, it returns one with few, large pieces of work (see `chosen`). Raises FitError when
+    nothing fits, saying by how much and what would help; ClusterError when no device offers the
+    job's precision or a link carries nothing; PlanError when job and model disagree, are too large,
+    or the search had to end before a plan was found.
     """
     deadline = None if budget_seconds is None else time.monotonic() + budget_seconds
     check_inputs(model, cluster, job)
@@ -136,7 +139,7 @@ def find_plan(  # noqa: PLR0913 - options, each with a default
         incumbent.others.append(incumbent.spare)
     if incumbent.best is None:
         raise _nothing(incumbent, seen.explored)
-    return _found(incumbent, seen)
+    return _found(incumbent, seen, margin)
 
 
 @dataclass(slots=True)
@@ -179,12 +182,12 @@ def _search(
     _play_by_hand(incumbent, [each for each in seen.by_hand if each.fits], tell)
 
 
-def _found(incumbent: Incumbent, seen: _Seen) -> Plan:
-    """Returns the best plan with its prediction, its runners-up and its certificate."""
+def _found(incumbent: Incumbent, seen: _Seen, margin: float) -> Plan:
+    """Returns the chosen plan with its prediction, its runners-up and its certificate."""
     costs = incumbent.costs
     if incumbent.stopped:
         incumbent.pruned[INTERRUPTED] += 1
-    winner = simplest(incumbent)
+    winner = chosen(incumbent, margin)
     evaluated = {each.name for each in incumbent.others}
     misfits = _misfits(costs, winner.seconds, evaluated, seen)
     before = seen.best_without_options
@@ -324,20 +327,20 @@ def baseline_plan(
 
 def _runners_up(incumbent: Incumbent, winner: Evaluated) -> list[RunnerUp]:
     """Returns the best of those that lost, few of one build; hand-made plans always."""
-    chosen: list[Evaluated] = []
+    found: list[Evaluated] = []
     names, builds = {winner.name}, Counter[str]()
     for other in sorted(incumbent.others, key=lambda p: p.seconds):
         hand_made = other.name.split(":")[0] in BASELINES
-        room = len(chosen) < RUNNERS_UP and builds[other.plan.name] < ALIKE
+        room = len(found) < RUNNERS_UP and builds[other.plan.name] < ALIKE
         if other is not winner and (hand_made or (room and other.name not in names)):
             names.add(other.name)
             builds[other.plan.name] += 1
-            chosen.append(other)
+            found.append(other)
     return [
         RunnerUp(
             name=other.name, step_seconds=other.seconds, reason=_why_lost(incumbent, winner, other)
         )
-        for other in chosen
+        for other in found
     ]
 
 
@@ -346,6 +349,11 @@ def _why_lost(incumbent: Incumbent, winner: Evaluated, other: Evaluated) -> str:
     simulated for this."""
     if other.plan == winner.plan:
         return "the same plan"
+    if other.seconds < winner.seconds * (1 - SAME):
+        gain, more = winner.seconds / other.seconds - 1, pieces(other.plan) / pieces(winner.plan)
+        return (
+            f"faster by {gain:.1%}, less than predictions tell apart, with {more:.2g}x the pieces"
+        )
     if incumbent.stopped and step_of(incumbent, other) is None:
         return "slower in the simulator"
     return why_slower(parts_in(incumbent, winner), parts_in(incumbent, other))

@@ -289,15 +289,16 @@ def _prices(
     context: EstimateContext, template: PipelineTemplate, bounds: tuple[int, ...]
 ) -> PipelinePrices:
     costs, stages = context.costs, template.stages
+    host = costs.system.instruction
     forward, backward, inputs, weights, held = [], [], [], [], []
     for (run, rows), (a, b) in zip(stages, pairwise(bounds), strict=True):
         ahead, back, _ = prefixes(context, run.device_class, run.tensor, rows)
         group = context.classes[run.device_class].nodes[0][: run.tensor]
         first, later = split_prefix(costs, group, rows)
-        forward.append(ahead[b] - ahead[a])
-        backward.append(back[b] - back[a])
-        inputs.append(first[b] - first[a])
-        weights.append(later[b] - later[a])
+        forward.append(ahead[b] - ahead[a] + host)
+        backward.append(back[b] - back[a] + host)
+        inputs.append(first[b] - first[a] + host)
+        weights.append(later[b] - later[a] + host)
         held.append(micro_batches_held(costs, group, rows, (a, b)))
     moved = [
         transfer_seconds(context, template, s, stages[s][0], stages[s + 1][0])

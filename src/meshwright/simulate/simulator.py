@@ -132,6 +132,9 @@ class _Simulation:
             op = i.op
             if op.kind == "send" or op.kind == "receive":
                 self.post(state, index, i)
+                if waits := state.prices[index].seconds:
+                    state.busy = True
+                    self.at(self.now + waits, self.resume, state)
             elif (op.reads is not None or op.awaits != "none") and must_wait(state, i):
                 return
             elif op.kind == "compute":
@@ -160,6 +163,10 @@ class _Simulation:
         if op is not Op.FORWARD and (held := state.prices[index].held_bytes):
             self.hold(state, held)
         self.executed.append((state.number, index, began, self.now))
+        state.busy = False
+        self.advance(state)
+
+    def resume(self, state: RankProgress) -> None:
         state.busy = False
         self.advance(state)
 

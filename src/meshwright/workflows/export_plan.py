@@ -11,7 +11,7 @@ from meshwright.cost.out_of_memory import memory_problems
 from meshwright.errors import FitError, MeshwrightError, PlanError
 from meshwright.export.answers import NOTES
 from meshwright.export.deepspeed import uniform
-from meshwright.export.tools import check_tool, export_files
+from meshwright.export.tools import RUNTIME_OF, check_tool, export_files
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import describe_plan, stage_layout
 from meshwright.plan.spec import Plan, with_stages
@@ -20,7 +20,13 @@ from meshwright.records import record
 from meshwright.search.baselines import BASELINES
 from meshwright.techniques import provided
 from meshwright.units import format_seconds
-from meshwright.workflows.session import Session, manual_plan, priced, with_prediction
+from meshwright.workflows.session import (
+    Session,
+    manual_plan,
+    priced,
+    simulate_priced,
+    with_prediction,
+)
 
 Cuts = tuple[tuple[int, int], ...]
 
@@ -56,6 +62,12 @@ def export_plan(session: Session, plan: Plan, tool: str, *, nearest: bool = Fals
         first, *others = refusal.problems
         first = replace(first, mend=_mend(first.mend, plan, near))
         raise PlanError(first, *others) from None
+
+
+def seconds_there(session: Session, plan: Plan, tool: str) -> float:
+    """Returns the predicted seconds of a step of a plan that a tool runs."""
+    there = replace(plan, job=replace(plan.job, runtime=RUNTIME_OF[tool]))
+    return simulate_priced(priced(session, there)).step_seconds
 
 
 def _nearest(session: Session, plan: Plan, tool: str) -> ExportedPlan | None:

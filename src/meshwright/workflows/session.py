@@ -15,15 +15,16 @@ from meshwright.cluster.spec import Cluster, Precision
 from meshwright.cost.out_of_memory import memory_problems
 from meshwright.cost.priced_plan import PricedPlan
 from meshwright.cost.profile import Profile, check_profile, load_profile
+from meshwright.cost.runtimes import UNMEASURED
 from meshwright.errors import ClusterError, FitError, ModelError, PlanError, Problem
 from meshwright.model.load import load_model
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.files import load_plan
-from meshwright.plan.spec import Job, Plan, PlanInput, Prediction
+from meshwright.plan.spec import Job, Plan, PlanInput, Prediction, RuntimeName
 from meshwright.plan.validate import validate_plan
 from meshwright.program.check import check_program
 from meshwright.program.timeline import Timeline
-from meshwright.records import PositiveSeconds, checked, fingerprint, record
+from meshwright.records import PositiveSeconds, Share, checked, fingerprint, record
 from meshwright.search.incumbent import Progress, ignore
 from meshwright.search.planner import baseline_plan, find_plan
 from meshwright.simulate.critical_path import step_breakdown
@@ -56,6 +57,15 @@ class SearchLimits:
     """Names of options (`OPTION_NAMES` in `search/options`) that it does not try."""
     budget_seconds: PositiveSeconds | None = None
     """The time after which it stops improving; None: it ends when it is done."""
+    margin: Share | None = None
+    """The share by which predicted steps must differ to be told apart; None: INDISTINCT if nothing
+    was measured, else 0."""
+
+
+INDISTINCT = 0.03
+"""The margin of predictions without measurements. Where the plan with more pieces of work was
+predicted to be faster by less, it was so in 36 % of the pairs of published runs
+(`benchmarks/without_fit.py --pairs`)."""
 
 
 NO_LIMITS = SearchLimits()
@@ -70,6 +80,7 @@ def open_session(
     sequence: int,
     precision: str | None,
     optimizer: str,
+    runtime: str = "meshwright",
 ) -> Session:
     """Reads and checks all inputs. Raises the MeshwrightError of the first file at fault."""
     machines = load_cluster(cluster)
@@ -81,6 +92,7 @@ def open_session(
         sequence=sequence,
         precision=chosen,
         optimizer=optimizer,
+        runtime=runtime,
     )
     graph = load_model(model, job.sequence, chosen)
     times = load_profile(profile) if profile else None
@@ -124,6 +136,7 @@ def search_plan(
 ) -> Plan:
     """Finds a plan for a session; `progress`, `stop` and `found` are those of `find_plan`. Raises
     FitError if nothing fits, PlanError if the search had to end before a plan was found."""
+    usual = INDISTINCT if session.profile is None else 0.0
     best = find_plan(
         session.model,
         session.cluster,
@@ -131,6 +144,7 @@ def search_plan(
         session.profile,
         forbidden=limits.forbidden,
         budget_seconds=limits.budget_seconds,
+        margin=usual if limits.margin is None else limits.margin,
         progress=progress,
         stop=stop,
         found=found,
@@ -166,11 +180,17 @@ def _profile_subject(session: Session) -> PlanInput | None:
 
 
 def reopen_plan(
-    plan_file: Path, *, cluster: Path | None = None, profile: Path | None = None
+    plan_file: Path,
+    *,
+    cluster: Path | None = None,
+    profile: Path | None = None,
+    runtime: RuntimeName | None = None,
 ) -> tuple[Session, PricedPlan]:
-    """Opens a plan and the inputs that it was made from. Raises PlanError if they do not belong
-    together."""
+    """Opens a plan and the inputs that it was made from, for another runtime if one is named.
+    Raises PlanError if they do not belong together."""
     plan = load_plan(plan_file)
+    if runtime is not None:
+        plan = replace(plan, job=replace(plan.job, runtime=runtime))
     if not plan.model.source:
         mend = "name the model: a known name, a config.json or a model.toml"
         raise PlanError(Problem(str(plan_file), "model.source", "nothing", "a source", mend))
@@ -187,6 +207,7 @@ def reopen_plan(
             sequence=plan.job.sequence,
             precision=plan.job.precision,
             optimizer=plan.job.optimizer,
+            runtime=plan.job.runtime,
         )
     except ModelError as error:
         wanted = "a known name, or a config.json or model.toml that can be read"
@@ -230,12 +251,18 @@ def simulate_priced(found: PricedPlan) -> Timeline:
 
 
 def error_text(session: Session, seconds: float) -> str:
-    """Says how certain a predicted step time is; empty if the profile is not calibrated."""
-    fitted = session.profile.calibration if session.profile else None
-    if fitted is None or fitted.error is None:
-        return ""
-    low, high = seconds * fitted.error.low, seconds * fitted.error.high
-    return (
-        f"step between {format_seconds(low)} and {format_seconds(high)}, as four of five of the "
-        f"{fitted.error.runs} runs that it was calibrated on"
-    )
+    """Says how certain a predicted step time is; empty if the profile is calibrated without an
+    error bar, or measured and not calibrated."""
+    if session.profile is None:
+        bar, known = (
+            UNMEASURED,
+            f"nine of ten of {UNMEASURED.runs} published runs not measured before",
+        )
+    else:
+        fitted = session.profile.calibration
+        if fitted is None or fitted.error is None:
+            return ""
+        bar = fitted.error
+        known = f"four of five of the {bar.runs} runs that it was calibrated on"
+    low, high = seconds * bar.low, seconds * bar.high
+    return f"step between {format_seconds(low)} and {format_seconds(high)}, as {known}"

@@ -7,6 +7,10 @@ from dataclasses import replace
 
 from meshwright.model.spec import Division, Layer, LayerGraph, Moment, Tensor, with_temporaries
 
+REPEATED_TRAFFIC = 4 / 3
+"""The activation bytes moved with a repeated forward, over those without: a backward counts as two
+forwards."""
+
 
 def recomputed(layer: int, layers: int) -> bool:
     """True if a stage with recomputation repeats layer number `layer` of a model with `layers`
@@ -19,7 +23,7 @@ def with_recomputation(model: LayerGraph) -> LayerGraph:
     al. 2016).
 
     backward FLOPs += forward FLOPs; backward all-reduces += forward all-reduces
-    traffic *= 4/3 (a backward counts as two forwards, so a further forward adds a third)
+    traffic *= 4/3
     saved bytes = inputs only; everything else that was saved becomes workspace of the backward
     """
     layers = tuple(_recomputed(model, index) for index in range(len(model.layers)))
@@ -42,7 +46,7 @@ def _recomputed(model: LayerGraph, index: int) -> Layer:
         layer,
         signature=f"{layer.signature}-recomputed",
         backward_flops=layer.backward_flops + layer.forward_flops + layer.attention_flops,
-        traffic_bytes=layer.traffic_bytes * 4 / 3,
+        traffic_bytes=layer.traffic_bytes * REPEATED_TRAFFIC,
         parallel=tuple(map(_repeating, layer.parallel)),
     )
     reads_layers = any(index in tensor.consumers for tensor in model.tensors)
@@ -50,9 +54,13 @@ def _recomputed(model: LayerGraph, index: int) -> Layer:
 
 
 def _repeating(division: Division) -> Division:
-    """Lets the backward repeat the collectives of the forward."""
-    sizes = division.backward_all_reduce_bytes + division.forward_all_reduce_bytes
-    return replace(division, backward_all_reduce_bytes=sizes)
+    """Lets the backward repeat the traffic and the collectives of the forward."""
+    return replace(
+        division,
+        traffic_bytes=division.traffic_bytes * REPEATED_TRAFFIC,
+        backward_all_reduce_bytes=division.backward_all_reduce_bytes
+        + division.forward_all_reduce_bytes,
+    )
 
 
 def _keeping_inputs(model: LayerGraph, layer: Layer, index: int) -> Layer:

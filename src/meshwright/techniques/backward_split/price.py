@@ -13,7 +13,7 @@ from meshwright.cluster.spec import DeviceType
 from meshwright.cost.compute import at_rows, device_seconds
 from meshwright.cost.constants import device_constants
 from meshwright.cost.profile import LayerTime, Profile
-from meshwright.model.spec import Layer, LayerGraph
+from meshwright.model.spec import Layer, LayerGraph, with_division
 
 Array = NDArray[np.float64]
 
@@ -102,11 +102,17 @@ def _by_flops(
         others = layer.forward_flops + 2.5 * layer.attention_flops
         products = min(products, max(layer.backward_flops - others, 0.0))
     share = products / layer.backward_flops
-    weights = replace(
-        layer,
-        attention_flops=0.0,
-        backward_flops=products,
-        traffic_bytes=layer.traffic_bytes * share,
+    divided = layer.along("tensor")
+    forward = layer.forward_flops + layer.attention_flops
+    own = layer.forward_flops / forward if forward else 0.0
+    weights = with_division(
+        replace(
+            layer,
+            attention_flops=0.0,
+            backward_flops=products,
+            traffic_bytes=layer.traffic_bytes * share,
+        ),
+        replace(divided, flops=divided.flops * own, traffic_bytes=divided.traffic_bytes * share),
     )
     constants = device_constants(profile.calibration if profile else None, device)
     part, whole = (

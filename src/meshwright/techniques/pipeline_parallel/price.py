@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from meshwright.cost.collective import all_gather, boundary_transfer, broadcast
+from meshwright.cost.collective import (
+    Traffic,
+    all_gather,
+    boundary_transfer,
+    broadcast,
+    uncontended_seconds,
+)
 from meshwright.cost.operation_prices import collective
-from meshwright.cost.pricing_context import Price, RankContext
+from meshwright.cost.pricing_context import Price, PricingContext, RankContext
 from meshwright.program.instructions import Instruction
 from meshwright.program.operations import Op
 from meshwright.techniques.pipeline_parallel.operations import GATHER_B, GATHER_F
@@ -19,11 +25,18 @@ def send_price(i: Instruction, rank: RankContext) -> Price:
     if not i.ranks:
         target = context.plan.devices[i.peer]
         moved = boundary_transfer(context.links, device, target, i.bytes, context.system.boundary)
-        return Price(traffic=replace(moved, sender=device if context.queued else None))
+        return _sent(replace(moved, sender=device if context.queued else None), context)
     if i.peer != i.ranks[1]:
         return Price()
     passed = collective(broadcast, i, i.bytes, context)
-    return Price(traffic=replace(passed, latency=passed.latency + context.system.boundary))
+    return _sent(replace(passed, latency=passed.latency + context.system.boundary), context)
+
+
+def _sent(traffic: Traffic, context: PricingContext) -> Price:
+    """Prices a message, with the part of its time for which its sender waits."""
+    exposure = context.system.send_exposure
+    waits = exposure * uncontended_seconds(context.links, traffic) if exposure else 0.0
+    return Price(seconds=waits, traffic=traffic)
 
 
 def receive_price(i: Instruction, rank: RankContext) -> Price:  # noqa: ARG001 - a Pricing

@@ -59,6 +59,7 @@ def division(
         axis=AXIS,
         units=units,
         flops=divided(flops, share.forward_flops + share.attention_flops),
+        traffic_bytes=divided(whole.traffic_bytes, share.traffic_bytes),
         saved_bytes=divided(whole.saved_bytes, share.saved_bytes),
         moments=peak_moments_of(several) if several else (),
         forward_all_reduce_bytes=whole.forward_all_reduce_bytes,

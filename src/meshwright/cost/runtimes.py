@@ -1,0 +1,98 @@
+"""Describes the systems that may run a plan by the constants of the cost model that are theirs.
+
+The host time of a layer, whether a sender waits for its message, when sums of gradients begin and
+in how many bits they travel depend on the system, not on the machines. None of these constants was
+fitted to the runs of `docs/accuracy.md`; they stand where nothing was calibrated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from meshwright.cost.constants import (
+    DEFAULT_DEVICE,
+    DEFAULT_SYSTEM,
+    Calibration,
+    DeviceConstants,
+    ErrorBar,
+    SystemConstants,
+)
+from meshwright.cost.profile import Profile
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.spec import RuntimeName
+from meshwright.records import Line, record
+
+
+@record
+class Runtime:
+    """Describes one system that runs plans."""
+
+    device: DeviceConstants
+    system: SystemConstants
+    source: Line
+    """What says so."""
+
+
+UNMEASURED = ErrorBar(low=0.86, high=1.19, runs=1644)
+"""The spread of published runs about predictions without a constant fitted to them
+(`benchmarks/without_fit.py`): the 5th and the 95th percentile, the mean of four sets."""
+
+
+_MEGATRON_HOST = DeviceConstants(
+    launch_forward=1e-3,
+    launch_backward=2e-3,
+    layer_overhead=3e-4,
+    weight_traffic=0.3,
+    optimizer_traffic=0.7,
+)
+
+RUNTIMES: Mapping[RuntimeName, Runtime] = {
+    "meshwright": Runtime(
+        device=DEFAULT_DEVICE,
+        system=DEFAULT_SYSTEM,
+        source="20 and 46 operations of 8 us in a block of GPT-2 under autocast; "
+        "benchmarks/overhead.py for an instruction",
+    ),
+    "megatron": Runtime(
+        device=_MEGATRON_HOST,
+        system=SystemConstants(
+            gradient_width=0.5,
+            instruction=3e-4,
+            boundary=5e-5,
+            send_exposure=1.0,
+            reduction_delay=1.0,
+            step=1e-3,
+        ),
+        source="80 operations of a layer from Python, with hooks; schedules that wait for every "
+        "message; 16-bit gradients summed after the last backward",
+    ),
+    "deepspeed": Runtime(
+        device=_MEGATRON_HOST,
+        system=SystemConstants(
+            gradient_width=0.5,
+            instruction=1e-3,
+            boundary=2e-4,
+            reduction_delay=1.0,
+            step=1e-3,
+        ),
+        source="as megatron, with an engine that interprets a schedule in Python and sends sizes "
+        "before tensors, without waiting",
+    ),
+    "fsdp": Runtime(
+        device=replace(DEFAULT_DEVICE, weight_traffic=0.3, optimizer_traffic=0.7),
+        system=SystemConstants(gradient_width=0.5, shard_exposure=0.3, step=1e-3),
+        source="16-bit weights and gradients on the links, gathered one unit ahead",
+    ),
+}
+"""The constants of every system for devices of any type."""
+
+
+def as_run_by(runtime: RuntimeName, profile: Profile | None, model: LayerGraph) -> Profile | None:
+    """Returns the measurements with the constants of a system, where none were fitted."""
+    if runtime == "meshwright" or (profile and profile.calibration):
+        return profile
+    known = RUNTIMES[runtime]
+    calibration = Calibration(source=known.source, others=known.device, system=known.system)
+    measured = profile or Profile(model=model.name, sequence=model.sequence)
+    return replace(measured, calibration=calibration)
