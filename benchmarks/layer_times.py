@@ -63,6 +63,16 @@ PRECISIONS: Mapping[str, Precision] = {"float16": "fp16", "float32": "fp32", "bf
 ODD = ("P40", "fp16")
 """Predicted, but not fitted to: its forward takes as long as its backward, at half the speed that
 the same products have in fp32 on it and in 16 bits on a P100."""
+NEUTRAL = SharedFactors(
+    forward_exponent=0.6,
+    backward_exponent=0.75,
+    vector_exponent=0.75,
+    vector_forward=1.0,
+    vector_backward=1.0,
+    integer_forward=1.0,
+    integer_backward=1.0,
+)
+"""Where a fit begins, and what it is held to where the timings say little."""
 FEWEST = 20
 """Rows below which a type's median says nothing."""
 
@@ -171,13 +181,13 @@ def cost(groups: Groups, shared: SharedFactors) -> float:
         float((np.log(np.median(ratios(each, shared), axis=0)) ** 2).sum())
         for each in groups.values()
     )
-    moved = [np.log(getattr(shared, x.name) / getattr(SHARED, x.name)) for x in fields(shared)]
+    moved = [np.log(getattr(shared, x.name) / getattr(NEUTRAL, x.name)) for x in fields(shared)]
     return total + 0.02 * float(np.square(moved).sum())
 
 
 def fit(groups: Groups) -> SharedFactors:
     """The shared factors with the least cost, one after the other in ever smaller steps."""
-    best, least, step = SHARED, cost(groups, SHARED), 0.2
+    best, least, step = NEUTRAL, cost(groups, NEUTRAL), 0.2
     while step > 0.01:
         before = least
         for each in fields(best):

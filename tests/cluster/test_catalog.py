@@ -80,7 +80,7 @@ def test_every_name_that_drivers_tell_belongs_to_one_chip():
 def test_shares_follow_from_architecture_and_power_where_none_is_stated():
     a100, pcie = catalog()["A100-80"].type, catalog()["A100-80-PCIe"].type
     assert a100.matmul_efficiency == 0.88
-    assert set(a100.matmul_shares or {}) == {"fp32", "fp64"}
+    assert set(a100.matmul_shares or {}) == {"fp32", "fp64", "tf32"}
     assert pcie.matmul_shares is not None
     assert pcie.matmul_shares["bf16"].backward < pcie.matmul_shares["bf16"].forward < 0.88
 

@@ -34,6 +34,10 @@ JOULES_PER_BYTE = {"hbm": 32 * _PICO, "gddr": 60 * _PICO}
 7.5 for GDDR6 (its makers' figures)."""
 
 
+PER_16_BIT: Mapping[Precision, float] = {"fp16": 1.0, "bf16": 1.0, "tf32": 2.0}
+"""The energy of a FLOP in the matrix units over that in 16 bits."""
+
+
 @record
 class ChipGeneration:
     """Describes what the matrix products of a generation of chips reach, and what they cost."""
@@ -203,8 +207,7 @@ class SharedFactors:
     """Holds the numbers of the law that all devices share."""
 
     forward_exponent: PositiveShare = 0.54
-    """The exponent of 16-bit products in a forward, which ends before the power controller has slowed
-    it."""
+    """The exponent of 16-bit products in a forward, which ends before power has slowed it."""
     backward_exponent: PositiveShare = 0.80
     vector_exponent: PositiveShare = 0.80
     vector_forward: Ratio = 0.97
@@ -229,8 +232,8 @@ def reached_shares(
     net = watts - JOULES_PER_BYTE[architecture.memory] * device.memory_bandwidth
     net = max(net, watts / 4)
     return {
-        precision: _tensor(architecture, net / peak, shared)
-        if architecture.tensor_joules and precision in ("fp16", "bf16")
+        precision: _tensor(architecture, net / (PER_16_BIT[precision] * peak), shared)
+        if architecture.tensor_joules and precision in PER_16_BIT
         else _vector(architecture, net / max(peak, device.peak.get("fp32", 0.0)), shared)
         for precision, peak in device.peak.items()
     }

@@ -108,7 +108,7 @@ class DeviceEntry:
     peak: dict[Precision, FlopsText] | None = None
     """Peaks that are added to those of the type it changes; 0 removes a precision."""
     matmul_efficiency: PositiveShare | None = None
-    """In place of every share of the type that it changes, unless `matmul_shares` is given too."""
+    """Replaces every share of the type that it changes, unless `matmul_shares` is given too."""
     matmul_shares: dict[Precision, ReachedShares] | None = None
     """Shares that matrix products reach by precision, like `{ fp32 = { forward = 0.6, backward =
     0.75 } }`, where they differ from `matmul_efficiency`."""

@@ -157,6 +157,8 @@ def estimated_type(
     peak: dict[Precision, float] = {"fp32": rate * chip.vector, "fp16": rate * chip.products}
     if chip.bf16:
         peak["bf16"] = chip.bf16 * peak["fp16"]
+    if capability is not None and capability >= (8, 0):
+        peak["tf32"] = peak["fp16"] / 2
     how = (
         f"ESTIMATED from {figures.multiprocessors} multiprocessors at {clock / GIGAHERTZ:.2f} GHz "
         f"of the generation {chip.architecture}, and {figures.memory_rate / 1e9:.0f} GB/s of memory"

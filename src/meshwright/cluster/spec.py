@@ -21,8 +21,9 @@ from meshwright.records import (
     record,
 )
 
-Precision = Literal["fp64", "fp32", "fp16", "bf16"]
-"""Precision of forward and backward arithmetic. Weights and optimizer states stay fp32 (fp64 for
+Precision = Literal["fp64", "fp32", "tf32", "fp16", "bf16"]
+"""Precision of forward and backward arithmetic; in tf32, matrix units round the factors of products
+to 19 bits, and all numbers are kept in 32. Weights and optimizer states stay fp32 (fp64 for
 fp64)."""
 
 

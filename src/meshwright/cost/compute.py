@@ -34,6 +34,7 @@ reads the activations and as many gradients."""
 WEIGHT_BYTES: dict[Precision, tuple[float, float]] = {
     "fp64": (8.0, 40.0),
     "fp32": (4.0, 20.0),
+    "tf32": (4.0, 20.0),
     "fp16": (8.0, 22.0),
     "bf16": (8.0, 22.0),
 }
@@ -48,6 +49,7 @@ writes and reads its cast (4 + 2 + 2); the backward reads the cast (2), writes a
 FROZEN_BYTES: dict[Precision, tuple[float, float]] = {
     "fp64": (8.0, 8.0),
     "fp32": (4.0, 4.0),
+    "tf32": (4.0, 4.0),
     "fp16": (2.0, 2.0),
     "bf16": (2.0, 2.0),
 }
@@ -142,7 +144,7 @@ def device_seconds(
     flops = np.array([total, layer.backward_flops])
     flops *= rows * split_share(layer.along("tensor").flops, total, tensor)
     seconds_per_flop = (1 - attention) / e_matmul + attention / e_attention
-    moved = _moved_bytes(layer, precision, tensor, rows, constants.weight_traffic)
+    moved = _moved_bytes(layer, precision, tensor, rows, constants)
     result: ForwardBackward = flops * seconds_per_flop / peak + moved / (
         device.memory_bandwidth * e_memory
     )
@@ -150,21 +152,21 @@ def device_seconds(
 
 
 def _moved_bytes(
-    layer: Layer, precision: Precision, tensor: int, rows: float, weight_traffic: float
+    layer: Layer, precision: Precision, tensor: int, rows: float, constants: DeviceConstants
 ) -> ForwardBackward:
     """Returns the bytes of activations and weights that forward and backward read and write."""
     divided = layer.along("tensor")
     parameters = layer.parameters * split_share(divided.parameters, layer.parameters, tensor)
-    parameters *= weight_traffic
+    parameters *= constants.weight_traffic
     activations = layer.traffic_bytes * split_share(
         divided.traffic_bytes, layer.traffic_bytes, tensor
     )
-    moved: ForwardBackward = rows * activations * ACTIVATION_PASSES
+    moved: ForwardBackward = rows * activations * constants.activation_traffic * ACTIVATION_PASSES
     moved += parameters * np.array(WEIGHT_BYTES[precision])
     frozen = layer.frozen_parameters * split_share(
         divided.frozen_parameters, layer.frozen_parameters, tensor
     )
-    moved += frozen * weight_traffic * np.array(FROZEN_BYTES[precision])
+    moved += frozen * constants.weight_traffic * np.array(FROZEN_BYTES[precision])
     return moved
 
 
