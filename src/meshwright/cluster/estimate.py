@@ -67,7 +67,7 @@ _NVIDIA = (
         Generation(architecture="pascal", vector=128, products=128, gigahertz=1.4, bf16=0.0),
     ),
 )
-"""By least compute capability, from the tuning guides and architecture whitepapers of NVIDIA."""
+"""Lists them by least compute capability, from the tuning guides and architecture whitepapers of NVIDIA."""
 
 _AMD = (
     ("gfx12", Generation(architecture="rdna4", vector=256, products=1024, gigahertz=2.9)),
@@ -85,7 +85,7 @@ _AMD = (
         Generation(architecture="gcn", vector=128, products=256, gigahertz=1.6, bf16=0.0),
     ),
 )
-"""By the beginning of the chip's name, from AMD's architecture whitepapers."""
+"""Lists them by the beginning of the chip's name, from AMD's architecture whitepapers."""
 
 _HALF_RATE = re.compile(r"GeForce")
 """Cards that add up 16-bit products in fp32 at half the rate of the same chip elsewhere, from
