@@ -67,7 +67,7 @@ _NVIDIA = (
         Generation(architecture="pascal", vector=128, products=128, gigahertz=1.4, bf16=0.0),
     ),
 )
-"""Lists them by least compute capability, from the tuning guides and architecture whitepapers of NVIDIA."""
+"""Lists them by least compute capability, from NVIDIA's tuning guides and whitepapers."""
 
 _AMD = (
     ("gfx12", Generation(architecture="rdna4", vector=256, products=1024, gigahertz=2.9)),
