@@ -144,7 +144,9 @@ def device_type(name: str, shared: SharedFactors) -> DeviceType:
         return entry.type
     known = entry.type.matmul_shares or {}
     fastest = max(entry.type.peak, key=_peak(entry.type))
-    stated = {} if fastest in known else {"matmul_efficiency": 0.0, "attention_efficiency": 0.0}
+    stated = {"attention_efficiency": 0.0}
+    if fastest not in known:
+        stated["matmul_efficiency"] = 0.0
     chip = ARCHITECTURES[entry.architecture]
     return with_reached_shares(entry.type, chip, entry.watts, stated, shared)
 

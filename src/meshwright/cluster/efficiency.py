@@ -54,6 +54,9 @@ class ChipGeneration:
     shared_integers: bool = False
     """True if half of the fp32 units also compute addresses, so that products cannot use them
     all."""
+    sums_in_fp32: bool = False
+    """True if 16-bit products, whose sums are kept in fp32, run no faster than those in fp32,
+    whatever the 16-bit peak of the datasheet."""
     attention: PositiveShare
     """Share of the efficiency of matrix products that the best attention kernels reach."""
 
@@ -64,7 +67,7 @@ def _pico(joules: float) -> float:
 
 ARCHITECTURES = {
     "pascal": ChipGeneration(
-        memory="gddr", vector_joules=_pico(12.7), vector_most=0.87, attention=0.3
+        memory="gddr", vector_joules=_pico(12.7), vector_most=0.87, sums_in_fp32=True, attention=0.3
     ),
     "volta": ChipGeneration(
         memory="hbm",
@@ -234,7 +237,7 @@ def reached_shares(
     return {
         precision: _tensor(architecture, net / (PER_16_BIT[precision] * peak), shared)
         if architecture.tensor_joules and precision in PER_16_BIT
-        else _vector(architecture, net / max(peak, device.peak.get("fp32", 0.0)), shared)
+        else _vector(architecture, net, peak, device.peak.get("fp32", 0.0), shared)
         for precision, peak in device.peak.items()
     }
 
@@ -247,9 +250,12 @@ def _tensor(chip: ChipGeneration, watts_per_flop: float, shared: SharedFactors) 
     )
 
 
-def _vector(chip: ChipGeneration, watts_per_flop: float, shared: SharedFactors) -> ReachedShares:
-    bound = min(1.0, watts_per_flop / chip.vector_joules / chip.vector_most)
-    share = chip.vector_most * bound**shared.vector_exponent
+def _vector(
+    chip: ChipGeneration, watts: float, peak: float, fp32: float, shared: SharedFactors
+) -> ReachedShares:
+    rate = fp32 if chip.sums_in_fp32 and fp32 else peak
+    bound = min(1.0, watts / max(rate, fp32) / chip.vector_joules / chip.vector_most)
+    share = chip.vector_most * bound**shared.vector_exponent * min(1.0, rate / peak)
     forward, backward = shared.vector_forward, shared.vector_backward
     if chip.shared_integers:
         forward, backward = shared.integer_forward, shared.integer_backward

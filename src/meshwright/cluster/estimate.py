@@ -64,7 +64,7 @@ _NVIDIA = (
     ),
     (
         (6, 0),
-        Generation(architecture="pascal", vector=128, products=128, gigahertz=1.4, bf16=0.0),
+        Generation(architecture="pascal", vector=128, products=256, gigahertz=1.4, bf16=0.0),
     ),
 )
 """Lists them by least compute capability, from NVIDIA's tuning guides and whitepapers."""
