@@ -21,7 +21,7 @@ GPT2 = counted_graph(NAMED["gpt2"], 1024, "bf16")
 def step_seconds(device: str, job: Job, micro_batches: int) -> float:
     """Seconds of a step of GPT-2 in micro-batches of 12 rows on one device."""
     kind = catalog()[device].type
-    profile = as_run_by(job, None, GPT2)
+    profile = as_run_by(job.runtime, None, GPT2, compiled=job.compiled)
     layers = layer_seconds(GPT2, kind, 1, 12, profile)
     parameters = sum(each.parameters for each in (*GPT2.layers, *GPT2.tied))
     work = float(layers.forward.sum() + layers.backward.sum())
@@ -37,11 +37,10 @@ def test_a_compiled_step_of_gpt2_takes_what_was_posted_for_an_rtx_4090() -> None
 
 
 def test_what_was_fitted_is_not_changed_and_every_system_can_be_compiled() -> None:
-    compiled = replace(JOB, compiled=True)
-    told = as_run_by(compiled, None, GPT2)
+    told = as_run_by("meshwright", None, GPT2, compiled=True)
     assert told is not None
-    assert as_run_by(compiled, told, GPT2) is told
-    assert as_run_by(JOB, None, GPT2) is None
+    assert as_run_by("meshwright", told, GPT2, compiled=True) is told
+    assert as_run_by("meshwright", None, GPT2) is None
     for runtime in RUNTIMES.values():
         fused = compiled_constants(runtime.device)
         assert fused.activation_traffic < runtime.device.activation_traffic
@@ -51,6 +50,6 @@ def test_what_was_fitted_is_not_changed_and_every_system_can_be_compiled() -> No
 
 def test_measured_layers_keep_their_times() -> None:
     own = Profile(model="gpt2", sequence=1024)
-    told = as_run_by(replace(JOB, compiled=True), own, GPT2)
+    told = as_run_by("meshwright", own, GPT2, compiled=True)
     assert told is not None
     assert told.layers == own.layers

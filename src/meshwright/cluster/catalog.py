@@ -14,7 +14,7 @@ from typing import Any
 
 from meshwright.cluster.efficiency import ARCHITECTURES, with_reached_shares
 from meshwright.cluster.ranges import WATTS, device_problems, out_of_range
-from meshwright.cluster.spec import DeviceType, Link
+from meshwright.cluster.spec import DeviceType, Link, LinkKind
 from meshwright.errors import ClusterError, Problem
 from meshwright.records import Bytes, Name, parse, record
 from meshwright.text import did_you_mean
@@ -36,6 +36,8 @@ class CatalogEntry:
     type: DeviceType
     inside: Link
     """Link between two such devices of one node, as servers that hold them are usually built."""
+    link: LinkKind | None = None
+    """What this link consists of; None: what its bandwidth suggests."""
     reported_as: str | None = None
     """Regular expression that matches the name which drivers report."""
     architecture: Name | None = None
@@ -70,7 +72,7 @@ def read_catalog(text: str, source: str) -> dict[str, CatalogEntry]:
 
 
 def _entry(name: str, row: Mapping[str, Any], source: str) -> CatalogEntry:
-    own = ("inside", "reported_as", "architecture", "watts")
+    own = ("inside", "link", "reported_as", "architecture", "watts")
     extra = {key: value for key, value in row.items() if key in own}
     if "watts" in extra:
         extra["watts"] = float(extra["watts"])

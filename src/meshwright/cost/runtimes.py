@@ -20,7 +20,7 @@ from meshwright.cost.constants import (
 )
 from meshwright.cost.profile import Profile
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.spec import Job, RuntimeName
+from meshwright.plan.spec import RuntimeName
 from meshwright.records import Line, record
 
 
@@ -36,7 +36,7 @@ class Runtime:
 
 UNMEASURED = ErrorBar(low=0.86, high=1.19, runs=1644)
 """The spread of published runs about predictions without a constant fitted to them
-(`benchmarks/without_fit.py`): the 5th and the 95th percentile, the mean of four sets."""
+(`python benchmarks/without_fit.py`): the 5th and the 95th percentile, the mean of four sets."""
 
 
 _MEGATRON_HOST = DeviceConstants(
@@ -105,14 +105,16 @@ def compiled_constants(eager: DeviceConstants) -> DeviceConstants:
     )
 
 
-def as_run_by(job: Job, profile: Profile | None, model: LayerGraph) -> Profile | None:
-    """Returns the measurements with the constants of the system that a job names, compiled or not,
+def as_run_by(
+    runtime: RuntimeName, profile: Profile | None, model: LayerGraph, *, compiled: bool = False
+) -> Profile | None:
+    """Returns the measurements with the constants of a system, with its layers compiled or not,
     where none were fitted."""
-    plain = job.runtime == "meshwright" and not job.compiled
+    plain = runtime == "meshwright" and not compiled
     if plain or (profile and profile.calibration):
         return profile
-    known = RUNTIMES[job.runtime]
-    device = compiled_constants(known.device) if job.compiled else known.device
+    known = RUNTIMES[runtime]
+    device = compiled_constants(known.device) if compiled else known.device
     calibration = Calibration(source=known.source, others=device, system=known.system)
     measured = profile or Profile(model=model.name, sequence=model.sequence)
     return replace(measured, calibration=calibration)
