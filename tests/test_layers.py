@@ -102,7 +102,7 @@ ROOM_LINES = {
     "layout": 700,
     "model": 7_900,
     "money": 1_050,
-    "plan": 950,
+    "plan": 960,
     "profiling": 900,
     "program": 1_920,
     "recorded": 1_000,
