@@ -166,6 +166,6 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _is_activation(self, tensor: Tensor) -> bool:
-        """True unless the tensor is a weight or the cast of one."""
+        """True if the tensor is neither a weight nor the cast of one."""
         numbers = [self._numbers.get(key) for key in _storages(tensor)]
         return all(n is not None and n not in self._weight_casts for n in numbers)
