@@ -19,7 +19,7 @@ from meshwright.simulate.symmetry import find_symmetry, simulate_by_symmetry
 from meshwright.simulate.traffic import link_loads
 from worlds import NVLINK, cluster, device, job, model, plan_by_hand
 
-SLOW = Link(bandwidth=1e7, latency=1e-5)
+SLOW = Link(bandwidth=1e7, latency=1e-5, kind="measured")
 
 
 def world(*stages: Stage, rows: int = 4):

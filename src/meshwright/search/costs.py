@@ -13,20 +13,21 @@ from typing import TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cluster.spec import Cluster, Device, devices_of
+from meshwright.cluster.spec import Cluster, Device, Link, devices_of
 from meshwright.cluster.topology import Topology
 from meshwright.cost.collective import (
     Traffic,
     all_reduce,
     boundary_transfer,
     concurrent,
+    step_seconds,
     uncontended_seconds,
 )
 from meshwright.cost.compute import LayerSeconds, layer_seconds
 from meshwright.cost.constants import SystemConstants, system_constants
-from meshwright.cost.links import reached_links
 from meshwright.cost.memory import MemoryTable, memory_tables, stage_memory, usable_bytes
 from meshwright.cost.profile import Profile
+from meshwright.cost.reached_links import reached_links
 from meshwright.cost.runtimes import as_run_by
 from meshwright.cost.times import (
     LayerTimeCache,
@@ -336,12 +337,20 @@ def reduced_bytes(costs: Costs, layers: tuple[int, int], tensor: int) -> tuple[f
 
 
 def ring(costs: Costs, members: tuple[str, ...]) -> Traffic:
-    """Returns the traffic of an all-reduce of PROBE_BYTES among devices."""
+    """Returns the traffic of an all-reduce of PROBE_BYTES among devices, with the least latency:
+    that of a small one."""
     if members not in costs._rings:
-        costs._rings[members] = all_reduce(
-            costs.links, members, PROBE_BYTES, step_latency=costs.step_latency
+        large, small = (
+            all_reduce(costs.links, members, size, step_latency=costs.step_latency)
+            for size in (PROBE_BYTES, 1.0)
         )
+        costs._rings[members] = replace(large, latency=small.latency)
     return costs._rings[members]
+
+
+def hop_latency(costs: Costs, link: Link) -> float:
+    """Returns the latency of one step of a ring."""
+    return max(step_seconds(link), costs.step_latency)
 
 
 def pair(costs: Costs, source: str, target: str) -> Traffic:

@@ -6,11 +6,11 @@ import math
 import time
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from meshwright.cost.out_of_memory import memory_problems
-from meshwright.plan.spec import Plan, ScheduleName
+from meshwright.plan.spec import Pipeline, Plan, ScheduleName
 from meshwright.search.bounds import after_pipelines, pipeline_bound
 from meshwright.search.candidate import (
     CandidatePipeline,
@@ -39,9 +39,9 @@ WORK = 16_000
 first plan and those made by hand: the normal end of a search, the same on every machine."""
 
 
-STEPS_KEPT, SHORT = 12, 5_000
-"""Simulated steps that are kept, to say where their seconds go, beside those with fewer
-instructions."""
+STEPS_KEPT, STEPS_ALIKE, SHORT = 12, 4, 5_000
+"""Simulated steps that are kept, to say where their seconds go, and those of them whose plans have
+the same name, beside those with fewer instructions."""
 
 MOMENT_SECONDS = 1.5
 """How long a search that was told to stop may go on until it has a first plan."""
@@ -88,6 +88,8 @@ class Incumbent:
     others: list[Evaluated] = field(default_factory=list)
     pruned: Counter[str] = field(default_factory=Counter)
     seen: set[Strategy] = field(default_factory=set)
+    margin: float = 0.0
+    """The share by which predicted seconds must differ to be told apart."""
     any_order: bool = False
     """True if the order of work is chosen last: strategies are compared in the best one."""
     promising: dict[Strategy, float] = field(default_factory=dict)
@@ -145,16 +147,26 @@ def simulate_and_record(incumbent: Incumbent, plan: Plan, name: str) -> Evaluate
     step = simulated(costs, plan)
     evaluated = Evaluated(name, plan, step.step_seconds)
     insort(incumbent.steps, (evaluated, step), key=lambda pair: pair[0].seconds)
-    incumbent.steps = [
-        kept
-        for n, kept in enumerate(incumbent.steps)
-        if n < STEPS_KEPT or len(kept[1].executed) < SHORT
-    ]
+    incumbent.steps = _worth_keeping(incumbent.steps)
     if incumbent.best is None or evaluated.seconds < incumbent.best.seconds:
         incumbent.best = evaluated
         incumbent.found(evaluated.seconds)
     incumbent.others.append(evaluated)
     return evaluated
+
+
+def _worth_keeping(
+    steps: Sequence[tuple[Evaluated, SimulatedStep]],
+) -> list[tuple[Evaluated, SimulatedStep]]:
+    """Returns the steps of plans that may be told about in the end; few of one name are."""
+    kept: list[tuple[Evaluated, SimulatedStep]] = []
+    names = Counter[str]()
+    for each, step in steps:
+        names[each.plan.name] += 1
+        fast = len(kept) < STEPS_KEPT and names[each.plan.name] <= STEPS_ALIKE
+        if fast or len(step.executed) < SHORT:
+            kept.append((each, step))
+    return kept
 
 
 def try_candidate(incumbent: Incumbent, strategy: Strategy) -> bool:
@@ -220,28 +232,33 @@ def _refused(incumbent: Incumbent, strategy: Strategy) -> str:
     return "lower bound above the best" if bound >= incumbent.limit else ""
 
 
-def chosen(incumbent: Incumbent, margin: float) -> Evaluated:
-    """Returns the plan to train by: of plans whose predictions differ by at most `margin`, one with
-    few, large pieces of work.
-
-    A plan with twice as many pieces as another has to be faster by the whole margin. Without a
-    margin it is the simplest of the fastest.
-    """
+def chosen(incumbent: Incumbent) -> Evaluated:
+    """Returns the plan to train by: of plans whose predictions differ by at most the margin, the
+    one with least `sturdy_seconds`; without a margin, the simplest of the fastest."""
     assert incumbent.best is not None
+    margin = incumbent.margin
     if not margin:
         return simplest(incumbent)
     limit = incumbent.best.seconds * (1 + margin)
-    doubled = math.log2(1 + margin)
-    return min(
-        (each for each in incumbent.others if each.seconds <= limit),
-        key=lambda each: (each.seconds * pieces(each.plan) ** doubled, each.seconds),
-    )
+
+    def key(each: Evaluated) -> tuple[float, float]:
+        return sturdy_seconds(each.seconds, each.plan.pipelines, margin), each.seconds
+
+    return min((each for each in incumbent.others if each.seconds <= limit), key=key)
 
 
-def pieces(plan: Plan) -> int:
-    """Counts the pieces of work that a row of stages passes on in a step: its micro-batches times
-    its stages, of the pipeline with most."""
-    return max(p.micro_batches * len(p.stages) for p in plan.pipelines)
+def sturdy_seconds(
+    seconds: float, pipelines: Sequence[Pipeline | CandidatePipeline], margin: float
+) -> float:
+    """Returns seconds by which plans compare whose predictions are uncertain by `margin`: one with
+    twice as many pieces of work as another has to be faster by the whole margin."""
+    return float(seconds * pieces(pipelines) ** math.log2(1 + margin))
+
+
+def pieces(pipelines: Sequence[Pipeline | CandidatePipeline]) -> int:
+    """Counts the pieces of work of a step: micro-batches times stages, of the pipeline with
+    most."""
+    return max(each.micro_batches * len(each.stages) for each in pipelines)
 
 
 def simplest(incumbent: Incumbent) -> Evaluated:
