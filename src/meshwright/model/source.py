@@ -35,7 +35,7 @@ class ModelSource:
 
     @property
     def is_hand_written(self) -> bool:
-        """True for a model.toml, which states its layers' amounts."""
+        """True if the base is a model.toml, which states its layers' amounts."""
         return self.base.endswith(".toml")
 
     def at(self, base: str) -> str:

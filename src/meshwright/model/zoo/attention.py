@@ -31,7 +31,7 @@ class Scoring:
 
     @property
     def explicit(self) -> bool:
-        """True if the scores are written to memory. No fused kernel caps them."""
+        """True if the scores are written to memory; no fused kernel caps them."""
         return self.unfused or self.cap is not None
 
 
