@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.cluster.spec import Link
-from meshwright.search.candidate import CandidatePipeline, StageDevices, plan_of
+from meshwright.search.candidate import CandidatePipeline, plan_of
 from meshwright.search.candidate_estimate import (
     DELAYED,
     UNDELAYED,
@@ -21,6 +21,7 @@ from meshwright.search.options.other_schedules import in_listed_order
 from meshwright.search.pipeline_seconds import last_backwards
 from meshwright.search.quick_clock import pipeline_works
 from meshwright.search.reduction_estimate import reduced
+from meshwright.search.stage_devices import StageDevices
 from meshwright.simulate.simulator import simulate_plan
 from plain_constants import PLAINLY
 from soaks import portion

@@ -8,8 +8,9 @@ import pytest
 
 from meshwright.cluster.spec import Link
 from meshwright.search.bounds import pipeline_bound
-from meshwright.search.candidate import CandidatePipeline, StageDevices
+from meshwright.search.candidate import CandidatePipeline
 from meshwright.search.costs import costs_of
+from meshwright.search.stage_devices import StageDevices
 from plain_constants import PLAINLY
 from worlds import FAST, cluster, job, model
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from meshwright.cluster.spec import Link, flow_bandwidth
 from meshwright.cost.collective import least_sum_steps
+from meshwright.search.boundary_prices import copies
 from meshwright.search.costs import Array, hop_latency
 from meshwright.search.device_classes import DeviceClass
 from meshwright.search.pipeline_seconds import Order
@@ -179,7 +180,10 @@ def _transfer(context: EstimateContext, builds: Builds) -> Array:
         joined = context.classes[i].joined
         own_B = builds.rows / width_B * context.widest_cut
         run_B = context.classes[i].each // tensor // block_B
-        alone_B = np.maximum(block_B * tensor / network.bandwidth, 1 / flow_bandwidth(network))
+        times = copies(context.costs, tensor)
+        alone_B = np.maximum(
+            block_B * times / network.bandwidth, times / tensor / flow_bandwidth(network)
+        )
         across_B = own_B * alone_B + network.latency
         inside_B = own_B / inside.bandwidth + inside.latency
         joined_B = own_B / joined.bandwidth + joined.latency
@@ -204,7 +208,9 @@ def _across_sites(context: EstimateContext, builds: Builds) -> tuple[float, Arra
         latency, bandwidth = uplinks_between(context, here, there)
         late += latency
         slowest = max(slowest, 1 / bandwidth)
-    size_B: Array = np.asarray(builds.rows * (context.widest_cut * max(builds.tensors)))
+    size_B: Array = np.asarray(
+        builds.rows * (context.widest_cut * copies(context.costs, max(builds.tensors)))
+    )
     return late, size_B * slowest
 
 

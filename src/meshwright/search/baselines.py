@@ -10,11 +10,12 @@ from operator import itemgetter
 import numpy as np
 
 from meshwright.rivals import amp
-from meshwright.search.candidate import CandidatePipeline, StageDevices, excess_bytes
+from meshwright.search.candidate import CandidatePipeline, excess_bytes
 from meshwright.search.candidate_estimate import candidate_seconds, compute_seconds
 from meshwright.search.costs import Costs, group_times
 from meshwright.search.layer_partition import Stages, least_excess
 from meshwright.search.space import divisors, legal_widths, usable_devices
+from meshwright.search.stage_devices import StageDevices
 from meshwright.stopping import raise_if_stopped
 
 WORD_BYTES = 4

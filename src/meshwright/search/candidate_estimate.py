@@ -16,7 +16,7 @@ from meshwright.search.boundary_prices import (
     mean_period,
 )
 from meshwright.search.bounds import after_pipelines
-from meshwright.search.candidate import CandidatePipeline, StageDevices, must_recompute
+from meshwright.search.candidate import CandidatePipeline, must_recompute
 from meshwright.search.costs import (
     Costs,
     distinct_replicas,
@@ -34,6 +34,7 @@ from meshwright.search.pipeline_seconds import (
     pipeline_seconds,
 )
 from meshwright.search.reduction_estimate import reduced
+from meshwright.search.stage_devices import StageDevices
 
 NO_USE = (0, 0.0)
 """Messages of a micro-batch on an idle link, and the seconds that they occupy it."""
@@ -184,12 +185,24 @@ def _messages(
     for (here, there), cut in zip(pairwise(pipeline.stages), pipeline.bounds[1:-1], strict=True):
         key = ("messages", here, there, cut)
         ahead, back = remembered(costs, key, partial(_both_ways, costs, here, there, cut))
-        found.append((Crossing(*ahead, period), Crossing(*back, period)))
+        found.append((Crossing(*ahead[:2], period), Crossing(*back[:2], period)))
+        _gather(prices, len(found), ahead[2], back[2])
     return found
 
 
-Message = tuple[float, Sequence[tuple[Resource, float]]]
-"""The seconds in which no byte of it moves, and those on every resource if nothing else uses it."""
+def _gather(prices: PipelinePrices, stage: int, ahead: float, back: float) -> None:
+    """Adds the gathers at the cut before a stage: that of activations to its forward, that of
+    gradients to the backward of the stage before."""
+    if ahead:
+        prices.forward[stage] += ahead
+    if back:
+        prices.backward[stage - 1] += back
+        prices.inputs[stage - 1] += back
+
+
+Message = tuple[float, Sequence[tuple[Resource, float]], float]
+"""The seconds in which no byte of it moves, those on every resource if nothing else uses it, and
+those in which its parts are gathered."""
 
 
 def _both_ways(
@@ -205,5 +218,6 @@ def _both_ways(
 
 def _message(way: BoundaryPrice, size: float) -> Message:
     if not size:
-        return 0.0, ()
-    return way.latency, [(name, each * size) for name, each in way.occupied]
+        return 0.0, (), 0.0
+    occupied = [(name, each * size) for name, each in way.occupied]
+    return way.latency, occupied, way.gather_seconds(size)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from meshwright.plan.spec import ScheduleName
 from meshwright.search.boundary_prices import boundary_prices
-from meshwright.search.candidate import CandidatePipeline, StageDevices
+from meshwright.search.candidate import CandidatePipeline
 from meshwright.search.costs import (
     Array,
     Costs,
@@ -27,6 +27,7 @@ from meshwright.search.costs import (
 from meshwright.search.incumbent import Strategy
 from meshwright.search.layer_partition import Stages, apportioned, fit_pipeline, stage_loads
 from meshwright.search.space import divisors, groups_by_node, legal_widths, rows_by_type
+from meshwright.search.stage_devices import StageDevices
 from meshwright.stopping import raise_if_stopped
 
 ROWS = 4
@@ -209,8 +210,7 @@ def _borders(costs: Costs, groups: Sequence[TensorGroup], rows: int) -> Array:
         here, there = StageDevices((groups[j - 1],), (rows,)), StageDevices((groups[j],), (rows,))
         sizes = costs.table.cut, costs.table.cut_gradient
         for way, size in zip(boundary_prices(costs, here, there), sizes, strict=True):
-            found = np.where(size > 0, way.latency + way.slowest * rows * size, 0.0)
-            seconds[j] = np.maximum(seconds[j], found)
+            seconds[j] = np.maximum(seconds[j], way.seconds(rows * size))
     return seconds
 
 

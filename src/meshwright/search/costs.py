@@ -92,6 +92,8 @@ class Costs:
     """The table of stages that recompute; None if no stage may."""
     repeats: bool
     """Every stage recomputes, and `table` is that of such stages."""
+    scatters: bool
+    """Cuts may be of the kind scatter_gather where that is quicker."""
     devices: dict[str, Device]
     _inside: dict[str, int]
     """Number of the links inside each node."""
@@ -113,11 +115,12 @@ def costs_of(
     profile: Profile | None = None,
     *,
     recomputation: bool = False,
+    scatters: bool = False,
 ) -> Costs:
     """Makes the prices of a model on a cluster, of which none is worked out before it is asked for.
     Measured links replace those of the cluster. `recomputation`: stages that do not fit otherwise
-    may recompute."""
-    profile = as_run_by(job.runtime, profile, model)
+    may recompute; `scatters`: tensors may cross cuts in parts that are gathered behind them."""
+    profile = as_run_by(job.runtime, profile, model, compiled=job.compiled)
     stated_cluster, cluster = cluster, reached_links(cluster, profile)
     tables, times = memory_tables(model, job), layer_time_cache(model, stated_cluster, profile)
     links = {n.name: (n.inside, n.islands and n.islands.link) for n in cluster.nodes}
@@ -136,6 +139,7 @@ def costs_of(
         table=tables.plain,
         recomputed=tables.recomputed if recomputation else None,
         repeats=False,
+        scatters=scatters,
         devices={device.name: device for device in devices_of(cluster)},
         _inside={name: numbers[own] for name, own in links.items()},
     )
@@ -320,6 +324,12 @@ def micro_batches_held(
 def reduced_width(costs: Costs) -> float:
     """Returns the bytes on the links for the gradient of one parameter."""
     return gradient_bytes(costs.job) * costs.system.gradient_width
+
+
+def usual_cut_bytes(costs: Costs) -> float:
+    """Returns the bytes that a row carries across a usual cut."""
+    inner = costs.table.cut[1:-1]
+    return remembered(costs, ("usual cut",), lambda: float(np.median(inner)) if len(inner) else 0.0)
 
 
 def own_parameters(costs: Costs, layers: tuple[int, int], tensor: int) -> float:

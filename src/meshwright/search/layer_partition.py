@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.schedules import in_flight
 from meshwright.search.boundary_prices import boundary_prices
-from meshwright.search.candidate import CandidatePipeline, StageDevices
+from meshwright.search.candidate import CandidatePipeline
 from meshwright.search.costs import (
     Array,
     Costs,
@@ -35,6 +35,7 @@ from meshwright.search.costs import (
     remembered,
     stage_bytes,
 )
+from meshwright.search.stage_devices import StageDevices
 from meshwright.techniques.activation_checkpointing.price import repeated_seconds
 
 Loads = Sequence[Array]
@@ -359,5 +360,5 @@ def _cut_seconds(costs: Costs, here: StageDevices, there: StageDevices) -> Array
     seconds = np.zeros(len(costs.table.cut))
     sizes = costs.table.cut, costs.table.cut_gradient
     for way, bytes_L in zip(boundary_prices(costs, here, there), sizes, strict=True):
-        seconds += np.where(bytes_L > 0, way.latency + way.slowest * rows * bytes_L, 0.0)
+        seconds += way.seconds(rows * bytes_L)
     return seconds

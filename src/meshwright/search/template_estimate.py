@@ -20,6 +20,7 @@ from meshwright.cost.collective import least_sum_steps
 from meshwright.cost.weights import stage_parameters
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.schedules import in_flight
+from meshwright.search.boundary_prices import copies
 from meshwright.search.bounds import optimizer_of
 from meshwright.search.candidate import divide_the_widest
 from meshwright.search.costs import (
@@ -31,6 +32,7 @@ from meshwright.search.costs import (
     reduced_width,
     split_prefix,
     stage_bytes,
+    usual_cut_bytes,
 )
 from meshwright.search.device_classes import DeviceClass, PipelineTemplate, StageRun
 from meshwright.search.pipeline_seconds import Order, PipelinePrices, add_host, let_senders_wait
@@ -110,14 +112,13 @@ class EstimateContext:
 
 def estimate_context(costs: Costs, every: tuple[DeviceClass, ...], order: Order) -> EstimateContext:
     """Makes a context in which nothing has been computed yet."""
-    inner = costs.table.cut[1:-1]
     names = [layer.signature for layer in costs.model.layers]
     common, number = Counter(names).most_common(1)[0]
     return EstimateContext(
         costs=costs,
         order=order,
         classes=every,
-        widest_cut=float(np.median(inner)) if len(inner) else 0.0,
+        widest_cut=usual_cut_bytes(costs),
         gradients=float(stage_parameters(costs.table.weights, (0, len(names)), 1))
         * reduced_width(costs),
         common=(names.index(common), number),
@@ -342,22 +343,24 @@ def transfer_seconds(
 ) -> float:
     """Returns the seconds of a usual activation to the next stage, all replicas at once."""
     source, target = (context.classes[here.device_class], context.classes[there.device_class])
-    rows = template.rows
-    fixed = context.costs.system.boundary
-    each = rows / here.width * context.widest_cut
+    costs, fixed = context.costs, context.costs.system.boundary
+    carried = template.rows * context.widest_cut
+    each = carried / here.width
     inside = _link_inside(context, template, stage, here) if here == there else None
     if inside:
         shared = here.block * here.tensor if inside.shared else 1
         return fixed + inside.latency + each * shared / inside.bandwidth
     ends = [(source.network, here), (target.network, there)]
     seconds = max(
-        flow_seconds(network, rows / s.width * context.widest_cut, s.block * s.tensor)
+        flow_seconds(
+            network, carried / s.width * copies(costs, s.tensor) / s.tensor, s.block * s.tensor
+        )
         for network, s in ends
     )
     latency = max(network.latency for network, _ in ends)
     if source.site != target.site:
         late, bandwidth = uplinks_between(context, here.device_class, there.device_class)
-        carried = rows * max(here.tensor, there.tensor) * context.widest_cut
+        carried *= copies(costs, max(here.tensor, there.tensor))
         seconds, latency = max(seconds, carried / bandwidth), max(latency, late)
     return fixed + latency + seconds
 

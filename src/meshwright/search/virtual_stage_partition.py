@@ -18,7 +18,7 @@ from meshwright.plan.ranks import StageLayout
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.codes import Codes, F, I
 from meshwright.program.schedules import schedule_codes
-from meshwright.search.candidate import CandidatePipeline, StageDevices
+from meshwright.search.candidate import CandidatePipeline
 from meshwright.search.costs import (
     Array,
     Costs,
@@ -28,6 +28,7 @@ from meshwright.search.costs import (
     stage_bytes,
 )
 from meshwright.search.layer_partition import cut_seconds
+from meshwright.search.stage_devices import StageDevices
 from meshwright.stopping import raise_if_stopped
 from meshwright.techniques.activation_checkpointing.price import repeated_seconds
 
