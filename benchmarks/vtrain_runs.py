@@ -82,6 +82,7 @@ def world(row: dict[str, int], network: float) -> World:
         hidden=4 * width,
         tied=True,
     )
+    # vTrain's runs are Megatron's, whose fused masked softmax writes the scores in fp16.
     model = with_unfused_attention(counted_graph(shape, sequence, "fp16"), heads)
     return World(
         model=model,

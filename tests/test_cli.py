@@ -140,6 +140,39 @@ def test_a_plan_is_trained_and_leaves_its_traces(planned):
     assert "<html" in (planned / "run.html").read_text()
 
 
+def test_the_attention_that_a_model_was_named_with_stays_with_its_plan(planned):
+    """Plans, runs and exports reopen it; what is saved grows by the scores."""
+    (planned / "config.json").write_text(json.dumps(
+        {"model_type": "gpt2", "vocab_size": 256, "n_positions": 64, "n_embd": 32, "n_layer": 2,
+         "n_head": 4}
+    ))  # fmt: skip
+    memory = {}
+    for choice in ("fused", "unfused,attention_dropout=0.1"):
+        done = meshwright(
+            *("plan", "--model", f"config.json:{choice}", "--cluster", "cluster.toml"),
+            *("--global-batch", "4", "--sequence", "64", "--precision", "fp32"),
+            *("-o", f"{choice[:5]}.json"),
+            cwd=planned,
+        )
+        assert done.returncode == 0, done.stderr
+        plan = json.loads((planned / f"{choice[:5]}.json").read_text())
+        assert plan["model"]["source"] == f"config.json:{choice}"
+        memory[choice] = sum(each["activations"] for each in plan["prediction"]["memory"])
+    assert memory["unfused,attention_dropout=0.1"] > memory["fused"]
+    told = meshwright("simulate", "unfus.json", cwd=planned)
+    assert told.returncode == 0, told.stderr
+    done = meshwright("train", "unfus.json", "--steps", "2", "-o", "dropped", cwd=planned)
+    assert done.returncode == 0, done.stderr
+    kept = json.loads((planned / "dropped/plan.json").read_text())["model"]["source"]
+    assert kept.endswith("config.json:unfused,attention_dropout=0.1")
+    assert str(planned) in kept or kept.startswith("dropped")
+    done = meshwright("export", "unfus.json", "--to", "megatron", "-o", "out", cwd=planned)
+    assert done.returncode == 0, done.stdout + done.stderr
+    arguments = (planned / "out/arguments.txt").read_text()
+    assert "--attention-backend unfused" in arguments
+    assert "--attention-dropout 0.1" in arguments
+
+
 def test_dry_run_only_prints_the_commands(planned):
     done = meshwright("train", "plan.json", "--dry-run", "-o", "dry", cwd=planned)
     assert done.returncode == 0, done.stderr
@@ -253,6 +286,10 @@ MISTAKES = {
     "unknown model": (
         "plan --model gpt2-xll --cluster cluster.toml --global-batch 4",
         *("gpt2-xll", "gpt2-xl"),
+    ),
+    "unknown attention": (
+        "plan --model gpt-tiny:unfussed --cluster cluster.toml --global-batch 4",
+        *("attention", "'unfussed'", "fused or unfused"),
     ),
     "no rows": (f"{PLAN} --global-batch 0", "--global-batch", "at least 1"),
     "sequence too long": (

@@ -53,6 +53,14 @@ def graph(*layers: Layer) -> LayerGraph:
     return LayerGraph(name="m", sequence=128, precision="bf16", layers=layers, tensors=())
 
 
+def test_products_of_unfused_attention_are_priced_as_matrix_products():
+    unfused = replace(BLOCK, unfused_flops=BLOCK.attention_flops)
+    plain = replace(BLOCK, forward_flops=10e12, attention_flops=0.0)
+    fused, found, wanted = (roofline(x, GPU, "bf16", 2, 3) for x in (BLOCK, unfused, plain))
+    assert found == pytest.approx(wanted)
+    assert (found < fused).all()
+
+
 def timed(signature: str, rows: int, forward: float, **changes: Any) -> LayerTime:
     facts: dict[str, Any] = {
         "device": "gpu",

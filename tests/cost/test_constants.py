@@ -32,6 +32,7 @@ from meshwright.cost.links import overhead_seconds, ring_step_seconds
 from meshwright.cost.profile import LinkTimes, Profile
 from meshwright.cost.reached_links import reached_links
 from meshwright.model.config import NAMED
+from meshwright.model.load import load_model
 from meshwright.model.transformer.counted_graph import counted_graph
 from meshwright.search.candidate import candidate_of
 from meshwright.search.candidate_estimate import candidate_seconds
@@ -162,6 +163,8 @@ def test_closed_form_and_simulator_agree_on_late_reductions_and_slow_boundaries(
 def test_the_output_projection_has_an_efficiency_of_its_own() -> None:
     model = counted_graph(NAMED["gpt2"], 1024, "bf16")
     assert head_signatures(model) == {model.layers[-1].signature}
+    unfused = load_model("gpt-tiny:unfused", 32, "fp32")
+    assert head_signatures(unfused) == {unfused.layers[-1].signature}
     device = catalog()["A100-80"].type
     slow = Calibration(devices={"A100-80": DeviceConstants(head_efficiency=0.5)})
     plain = layer_seconds(model, device, 1, 8)

@@ -230,6 +230,34 @@ def test_megatron_is_told_what_its_own_defaults_would_make_otherwise(model):
     assert ("--moe-router-load-balancing-type none" in found) == (model == "mixtral-tiny")
 
 
+def test_unfused_attention_and_its_dropout_are_told_or_refused():
+    chosen = replace(language_model(LLAMA), attention="unfused", attention_dropout=0.1)
+    plan, model = make("5|5", model=LLAMA)
+    files = megatron.megatron_files(plan, model, chosen)
+    lines = files["arguments.txt"].splitlines()
+    assert {"--attention-backend unfused", "--attention-dropout 0.1", "--hidden-dropout 0"} <= {
+        *lines
+    }
+    assert "softmax keeps them in the precision of activations" in files[NOTES]
+    told = deepspeed.deepspeed_files(plan, model, chosen)[NOTES]
+    assert "unfused attention" in told
+    assert "attention dropout 0.1" in told
+    with pytest.raises(PlanError, match=r"model\.attention: found unfused(?s:.*)no dropout"):
+        torchtitan.torchtitan_files(plan, model, chosen)
+    with pytest.raises(PlanError, match=r"model\.attention: found unfused"):
+        accelerate.accelerate_files(plan, model, chosen)
+    fused = replace(chosen, attention="fused")
+    text = accelerate.accelerate_files(plan, model, fused)["accelerate.yaml"]
+    assert "megatron_lm_attention_dropout: 0.1" in text
+    assert "megatron_lm_hidden_dropout: 0.0" in text
+
+
+def test_a_source_with_a_choice_is_exported_with_it():
+    source = f"{LLAMA}:unfused"
+    plan, model = make("5|5", model=source)
+    assert "--attention-backend unfused" in export_files(plan, model, "megatron")["arguments.txt"]
+
+
 def test_sgd_is_without_momentum_whatever_a_tool_would_take():
     plan, graph = make("10")
     plan = replace(plan, job=replace(plan.job, optimizer="sgd"))

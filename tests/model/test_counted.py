@@ -32,8 +32,8 @@ ZOO = (
     replace(MIXTRAL, experts=6, chosen=3, name="three"),
 )
 EXACT = (
-    "name", "cast_parameters", "forward_flops", "attention_flops", "backward_flops", "parameters",
-    "frozen_parameters",
+    "name", "cast_parameters", "forward_flops", "attention_flops", "unfused_flops",
+    "backward_flops", "parameters", "frozen_parameters",
 )  # fmt: skip
 NEAR = ("saved_bytes", "traffic_bytes")
 EXACT_ALONG = (
@@ -94,6 +94,85 @@ def test_every_family_is_counted_as_its_module_is_traced(family):
         fields | SHORT.get(family, {"num_hidden_layers": 2}) | {"torch_dtype": None}, family
     )
     check(replace(config, vocabulary=config.vocabulary // 16), "bf16")
+
+
+EIGHT = replace(GPT, name="eight", heads=8, kv_heads=8, head=6)
+"""Four tensor ranks have two heads each. A single head needs no copy for its products, so that the
+runs at two widths would not be of the same operations."""
+UNFUSED = (
+    EIGHT,
+    SMALL,
+    MIXTRAL,
+    *(
+        each
+        for each in VARIANTS
+        if each.name in ("bloom", "window", "window, uneven", "norms after", "scores capped")
+    ),
+)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("precision", ["bf16", REST[0]])
+@pytest.mark.parametrize("config", UNFUSED, ids=lambda c: c.name)
+def test_unfused_attention_is_counted_as_the_module_computes_it(config, precision, dropout):
+    check(replace(config, attention="unfused", attention_dropout=dropout), precision)
+
+
+def test_a_u_transformer_has_unfused_attention_too():
+    """Seven bytes of a score, on two levels of both sides and in the middle; fused attention saves
+    a number for each query instead."""
+    small = replace(NAMED["u-transformer-tiny"], attention="unfused", attention_dropout=0.1)
+    found, plain = (
+        saved_by_u_transformer(each) for each in (small, replace(small, attention="fused"))
+    )
+    scores = 2 * (4 * 64**2 + 8 * 16**2) + 16 * 4**2
+    assert found - plain == pytest.approx(7 * scores, rel=0.02)
+
+
+def saved_by_u_transformer(config):
+    """Bytes that a traced U-Transformer saves."""
+    with torch.device("meta"):
+        model = from_language_model(config)
+    batch = (torch.empty(2, 64, dtype=torch.long, device="meta"),) * 2
+    return sum(layer.saved_bytes for layer in trace(model, batch, "bf16", divided=False).layers)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dropout", "bytes_of_score"),
+    [
+        ("bf16", 0.0, 4 + 2),  # softmax, what the product reads
+        ("bf16", 0.1, 4 + 2 + 1),  # and the mask
+        ("fp32", 0.0, 4),  # both are one
+        ("fp32", 0.1, 4 + 4 + 1),
+    ],
+)
+def test_how_many_bytes_of_a_score_are_saved_follows_from_the_module(
+    precision, dropout, bytes_of_score
+):
+    """Of two lengths, since only scores grow with the square."""
+    config = replace(EIGHT, attention="unfused", attention_dropout=dropout)
+    for width in (1, 2, 4):
+        one, two, three = (
+            held(counted_graph(config, length, precision).layers[1], width)
+            for length in (8, 16, 24)
+        )
+        # The second difference of a + b S + c S^2 is 2 c h^2.
+        scores = (three - 2 * two + one) / (2 * 8**2)
+        assert scores == pytest.approx(bytes_of_score * config.heads / width)
+
+
+def held(layer, width):
+    """Bytes that a layer saves on one of several tensor ranks."""
+    return layer.saved_bytes - layer.along("tensor").saved_bytes * (1 - 1 / width)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_fused_attention_saves_the_same_with_and_without_dropout(precision):
+    plain, dropping = (
+        counted_graph(replace(EIGHT, attention_dropout=p), 24, precision) for p in (0.0, 0.1)
+    )
+    assert [x.saved_bytes for x in plain.layers] == [x.saved_bytes for x in dropping.layers]
+    assert plain.layers[1].signature != dropping.layers[1].signature
 
 
 def check(config, precision):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from adapters import tuned
 from meshwright.cluster.spec import Precision
-from meshwright.model.config import LanguageModel
+from meshwright.model.config import AttentionKind, LanguageModel
 from meshwright.model.transformer.spec import Architecture, Latent, Mixture, Norm, Rotary
 from meshwright.model.zoo.described import DescribedTransformer
 from meshwright.model.zoo.gpt import GPT
@@ -69,6 +70,17 @@ def gpt(
     """Layers: embedding, blocks, head."""
     size = {"vocabulary": VOCABULARY, "positions": SEQUENCE, "width": width, "heads": heads}
     return GPT(**size, layers=layers, tied=tied, dropout=dropout)
+
+
+def grouped(attention: AttentionKind = "fused", attention_dropout: float = 0.0) -> nn.Module:
+    """A Llama with two query heads to each key-value head, and the attention that is asked for."""
+    return DescribedTransformer(
+        LanguageModel(
+            name="grouped", family="llama", vocabulary=VOCABULARY, positions=SEQUENCE, width=16,
+            layers=3, heads=4, kv_heads=2, head=4, hidden=24, attention=attention,
+            attention_dropout=attention_dropout,
+        )
+    )  # fmt: skip
 
 
 class Idle(nn.Module):
@@ -179,6 +191,8 @@ class Case:
     schedule: ScheduleName = "1f1b"
     precision: Precision = "fp64"
     clip_norm: float = 0.1
+    equals: Callable[[], nn.Module] | None = None
+    """What one process trains to compare with, if that is another module with the same numbers."""
 
     @property
     def world_size(self) -> int:
@@ -245,6 +259,11 @@ CASES: dict[str, Case] = {
     ),
     "tp2 pp2, the first recomputed, tied": Case(
         model=gpt, pipelines=(pipeline(4, 2, (2, "ab again"), (3, "cd")),)
+    ),
+    "tp2, unfused attention as fused": Case(
+        model=partial(grouped, "unfused"),
+        pipelines=(pipeline(2, 4, (5, "ab")),),
+        equals=grouped,
     ),
     "dp2, tied": Case(model=gpt, pipelines=(pipeline(2, 4, (5, "a b")),)),
     "dp2, states divided, tied": Case(model=gpt, pipelines=(divided(pipeline(2, 4, (5, "a b"))),)),

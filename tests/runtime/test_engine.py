@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import ROWS, Case, Idle, batch, gpt, llama, pipeline
+from cases import ROWS, Case, Idle, batch, gpt, grouped, llama, pipeline
 from ranks import outcomes, run_ranks
 from torch import Tensor, nn
 
@@ -106,6 +106,24 @@ def test_dropout_depends_on_rows_and_not_on_the_plan() -> None:
     for each in found[:3]:
         assert each == pytest.approx(wanted, rel=1e-9)
     assert found[3] != pytest.approx(wanted, rel=1e-3), "dropout was not active"
+
+
+def dropping_heads() -> nn.Module:
+    return grouped("unfused", 0.2)
+
+
+def test_tensor_ranks_drop_other_weights_than_one_rank_with_all_heads() -> None:
+    """With the same slices of rows, all other numbers are the same."""
+    stages, ranks = ((2, "a"), (3, "b")), ((5, "ab again"),)
+    cases = [Case(model=dropping_heads, pipelines=(pipeline(4, 2, *s),)) for s in (stages, ranks)]
+    plain = [replace(case, model=grouped) for case in cases]
+    first, second = run_ranks(2, losses, [*cases, *plain])
+    for one, other in zip(first, second, strict=True):
+        assert one == pytest.approx(other, rel=1e-12)
+    whole, divided, *without = first
+    assert without[0] == pytest.approx(without[1], rel=1e-9)
+    assert divided != pytest.approx(whole, rel=1e-6)
+    assert divided != pytest.approx(without[0], rel=1e-6), "dropout was not active"
 
 
 # Precision.

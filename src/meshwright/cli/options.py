@@ -125,7 +125,12 @@ NewPlanFile = Annotated[Path, typer.Option("--output", "-o", help="Where to writ
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 PageOption = Annotated[Path | None, typer.Option(help="Write an HTML page.")]
 ModelOption = Annotated[
-    str, typer.Option("--model", help="A name (gpt2-xl), a config.json, or a model.toml.")
+    str,
+    typer.Option(
+        "--model",
+        help="A name (gpt2-xl), a config.json, or a model.toml. Behind it ':unfused' for attention "
+        "that writes its scores to memory, ',attention_dropout=0.1' for dropout of its weights.",
+    ),
 ]
 
 

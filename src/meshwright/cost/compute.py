@@ -132,7 +132,8 @@ def device_seconds(
         t = matmul / (peak e_mm) + attention / (peak e_att) + bytes / (bandwidth e_mem)
 
     Matrix products and elementwise operations are separate kernels that run one after the other, so
-    their times add up. Attention is taken to have the same share of the FLOPs in the backward as in
+    their times add up. The products of unfused attention count as matrix products: their scores are
+    among the bytes. Attention is taken to have the same share of the FLOPs in the backward as in
     the forward. Raises ClusterError (see `peak_flops`).
     """
     peak = peak_flops(device, precision)
@@ -140,7 +141,7 @@ def device_seconds(
     e_attention = constants.attention_efficiency or device.attention_efficiency
     e_memory = constants.memory_efficiency or device.memory_efficiency
     total = layer.forward_flops + layer.attention_flops
-    attention = layer.attention_flops / total if total else 0.0
+    attention = (layer.attention_flops - layer.unfused_flops) / total if total else 0.0
     flops = np.array([total, layer.backward_flops])
     flops *= rows * split_share(layer.along("tensor").flops, total, tensor)
     seconds_per_flop = (1 - attention) / e_matmul + attention / e_attention

@@ -22,6 +22,7 @@ from meshwright.export.answers import (
     answer_lines,
     export_notes,
     export_refusals,
+    format_value,
     grid_answers,
     irrelevant,
     is_rotary,
@@ -92,6 +93,7 @@ PLUGIN: Answers = {
         megatron.ANSWERS["model.family"],
         wanted=_family,
     ),
+    "model.attention": only("fused", lacks="its Megatron-LM plugin does not choose kernels"),
     "model.experts": only(0, lacks=_NO_EXPERTS),
     "model.chosen": only(0, lacks=_NO_EXPERTS),
     "model.auxiliary_loss": only(0.0, lacks=_NO_EXPERTS),
@@ -231,14 +233,14 @@ def _yaml(asked: ExportedTraining, blocks: tuple[int, ...]) -> str:
         "use_cpu: false",
     ]
     if _needs_plugin(grid):
-        turned = is_rotary(asked.language)
+        turned, dropped = is_rotary(asked.language), asked.language.attention_dropout
         text += [
             "megatron_lm_config:",
             f"  megatron_lm_tp_degree: {grid.tensor}",
             f"  megatron_lm_pp_degree: {grid.stages}",
             f"  megatron_lm_num_micro_batches: {grid.micro_batches}",
             f"  megatron_lm_gradient_clipping: {ASSUMED['training.clip_norm']}",
-            f"  megatron_lm_attention_dropout: {ASSUMED['model.dropout']}",
+            f"  megatron_lm_attention_dropout: {format_value(dropped)}",
             f"  megatron_lm_hidden_dropout: {ASSUMED['model.dropout']}",
             f"  megatron_lm_use_rotary_position_embeddings: {str(turned).lower()}",
             "  megatron_lm_context_parallel_size: 1",

@@ -236,6 +236,13 @@ def own_model_answers() -> dict[str, PropertyAnswer]:
         found["model.architecture"],
         note=lambda v, _: ", ".join(f"{each} {format_value(what)}" for each, what in v.items()),
     )
+    found["model.attention"] = replace(
+        found["model.attention"], note=lambda v, _: f"{v} attention" if v != "fused" else ""
+    )
+    weights = found["model.attention_dropout"]
+    found["model.attention_dropout"] = replace(
+        weights, note=lambda v, asked: weights.note(v, asked) if v else ""
+    )
     found["model.auxiliary_loss"] = replace(
         loss, note=lambda v, asked: loss.note(v, asked) if asked.language.experts else ""
     )

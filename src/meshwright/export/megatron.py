@@ -115,6 +115,15 @@ def _whole(value: float, _: ExportedTraining) -> str:
     return "" if value == round(value) else f"a whole number: {TOOL} has no other rotary bases"
 
 
+def _unfused(value: str, _: ExportedTraining) -> str:
+    if value == "fused":
+        return ""
+    return (
+        f"the scores: {TOOL}'s fused softmax keeps them in the precision of activations, where the "
+        "plan counts a softmax in fp32 and its cast"
+    )
+
+
 def _residual_std(_: Any, asked: ExportedTraining) -> str:
     """Returns the note on initialisation: Megatron initialises every model as GPT-2 does."""
     if base_of(asked.language) == "gpt2":
@@ -182,11 +191,13 @@ ANSWERS: Answers = {
         "`--rotary-base`, if whole", write=_rotary_base, wanted=_whole
     ),
     "model.levels": only(0, lacks=f"{TOOL} has no U-Transformers"),
-    "model.dropout": written(
-        "--attention-dropout {}",
-        "--hidden-dropout {}",
-        told="`--attention-dropout 0`, `--hidden-dropout 0`",
+    "model.attention": PropertyAnswer(
+        "`--attention-backend`, if unfused (listed)",
+        write=lambda value, _: ["--attention-backend unfused"] * (value == "unfused"),
+        note=_unfused,
     ),
+    "model.attention_dropout": written("--attention-dropout {}"),
+    "model.dropout": written("--hidden-dropout {}"),
     "model.architecture": block_answers(
         TOOL,
         "`--norm-epsilon`, `--use-rope-scaling`, `--add-qkv-bias`, `--qk-layernorm`; what else is "

@@ -12,6 +12,7 @@ from meshwright.export.pipelining import pipelining_files
 from meshwright.export.torchtitan import torchtitan_files
 from meshwright.model.config import LanguageModel
 from meshwright.model.hf import language_model
+from meshwright.model.source import model_source
 from meshwright.model.spec import LayerGraph
 from meshwright.model.transformer.defaults import base_of
 from meshwright.plan.spec import Plan, RuntimeName
@@ -55,7 +56,7 @@ def export_files(plan: Plan, model: LayerGraph, tool: str) -> dict[str, str]:
     )
     if tool == PIPELINING:
         return pipelining_files(plan)
-    if plan.model.source.endswith(".toml"):
+    if model_source(plan.model.source).is_hand_written:
         wanted = f"a language model by name or config.json, which {tool} can build"
         mend = f"--to {PIPELINING} takes any model"
         raise PlanError(Problem(plan.name, "model.source", plan.model.source, wanted, mend))

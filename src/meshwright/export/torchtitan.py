@@ -94,6 +94,8 @@ ANSWERS: Answers = {
     "model.chosen": only(0, lacks=f"{TOOL} has no experts in its Llama"),
     "model.rotary_base": written("each.attention.rope.theta = {}", told="`rope.theta`"),
     "model.levels": only(0, lacks=f"{TOOL} has no U-Transformers"),
+    "model.attention": only("fused", lacks=f"{TOOL} has no unfused attention"),
+    "model.attention_dropout": only(0.0, lacks=f"{TOOL} has no dropout"),
     "model.dropout": only(0.0, lacks=f"{TOOL} has no dropout"),
     "model.architecture": block_answers(
         TOOL,

@@ -20,6 +20,8 @@ class LayerRun:
 
     flops: float
     attention_flops: float
+    unfused_flops: float
+    """The part of `attention_flops` that is not in a fused kernel."""
     backward_flops: float
     traffic: float
     births: list[int]
@@ -49,6 +51,7 @@ class RowCosts:
 
     forward_flops: float
     attention_flops: float
+    unfused_flops: float
     backward_flops: float
     traffic_bytes: float
     saved_bytes: float
@@ -135,6 +138,7 @@ def costs_per_row(runs: tuple[LayerRun, LayerRun]) -> RowCosts:
     return RowCosts(
         forward_flops=slope("flops"),
         attention_flops=slope("attention_flops"),
+        unfused_flops=slope("unfused_flops"),
         backward_flops=slope("backward_flops"),
         traffic_bytes=slope("traffic"),
         saved_bytes=saved,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from meshwright.errors import Problem
-from meshwright.model.transformer.spec import Architecture
+from meshwright.model.transformer.spec import Architecture, AttentionKernel, Dropout
 from meshwright.records import Name, record
 
 # Limits of ten or more times what any published model has: a larger number is a mistake in the
@@ -21,6 +21,7 @@ Heads = Annotated[int, Field(ge=1, le=10**5)]
 Hidden = Annotated[int, Field(ge=1, le=10**7)]
 Experts = Annotated[int, Field(ge=0, le=10**5)]
 RotaryBase = Annotated[float, Field(gt=0, le=1e15)]
+AttentionKind = Literal["fused", "unfused"]
 
 
 @record
@@ -60,6 +61,15 @@ class LanguageModel:
     levels: Annotated[int, Field(ge=0, le=20)] = 0
     """Number of times that a U-Transformer's encoder shortens the sequence and doubles the width;
     `width` and `heads` are those at its ends, `layers` counts the blocks on each level and side."""
+    attention: AttentionKind = "fused"
+    """If attention is one kernel, or separate ones that write the scores to memory."""
+    attention_dropout: Dropout = 0.0
+    """Probability with which each attention weight is set to 0 in training."""
+
+    @property
+    def kernel(self) -> AttentionKernel:
+        """Returns how the model computes attention."""
+        return AttentionKernel(unfused=self.attention == "unfused", dropout=self.attention_dropout)
 
 
 def _gpt2(name: str, width: int, layers: int, heads: int, **other: int) -> LanguageModel:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from meshwright import files
 from meshwright.errors import ModelError, Problem
 from meshwright.model.config import NAMED, LanguageModel, size_problems
+from meshwright.model.source import model_source, with_choices
+from meshwright.model.transformer.attention_fields import attention_problems, chosen_attention
 from meshwright.model.transformer.defaults import architecture_of
 from meshwright.model.transformer.families import FAMILIES, Family
 from meshwright.model.transformer.fields import read_fields, unread
@@ -17,9 +20,10 @@ from meshwright.text import NAME_LETTERS, did_you_mean, nearest
 
 
 def language_model(source: str | Path, sequence: int | None = None) -> LanguageModel:
-    """Gives the sizes of a model by name or `config.json`. Raises ModelError, also if `sequence` is
-    longer than its position table."""
-    model = NAMED.get(str(source)) or _from_file(str(source))
+    """Gives the sizes of a model by name or `config.json`, and how its attention is computed
+    (`model.source`). Raises ModelError, also if `sequence` is longer than its position table."""
+    found = model_source(source)
+    model = with_choices(NAMED.get(found.base) or _from_file(found.base), found)
     if sequence is not None:
         wanted = "a whole number above 0"
         table = has_position_table(model)
@@ -62,7 +66,11 @@ def from_config(config: dict[str, Any], source: str) -> LanguageModel:
         wanted = "one of " + ", ".join(FAMILIES)
         raise ModelError(Problem(source, "model_type", found, wanted, mend))
     family = FAMILIES[kind]
-    problems = [*unread(config, kind, source), *_head_problems(config, family, source)]
+    problems = [
+        *unread(config, kind, source),
+        *attention_problems(config, kind, source),
+        *_head_problems(config, family, source),
+    ]
     own = read_fields(family)
     given = {key: value for key, value in config.items() if key in own}
     try:
@@ -73,7 +81,7 @@ def from_config(config: dict[str, Any], source: str) -> LanguageModel:
     except ModelError as error:
         raise ModelError(*problems, *error.problems) from None
     ModelError.check(problems)
-    return model
+    return replace(model, **chosen_attention(config, kind))
 
 
 def _filled(given: dict[str, Any], family: Family) -> dict[str, Any]:

@@ -52,6 +52,7 @@ def layer_record(
         signature=signature,
         forward_flops=whole.forward_flops,
         attention_flops=whole.attention_flops,
+        unfused_flops=whole.unfused_flops,
         backward_flops=whole.backward_flops,
         traffic_bytes=whole.traffic_bytes,
         parameters=0,

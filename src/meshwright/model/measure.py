@@ -76,6 +76,7 @@ def run_layer(
     ):  # fmt: skip
         made = functional_call(part.module, state, tuple(given))
     forward = (meter.flops, meter.attention_flops, meter.traffic, list(meter.events))
+    unfused = meter.unfused_flops
     outputs = [tensor for tensor in made if tensor.requires_grad]
     with fakes.mode, meter:
         grads = [torch.empty_like(tensor) for tensor in outputs]
@@ -84,6 +85,7 @@ def run_layer(
     return LayerRun(
         flops=forward[0],
         attention_flops=forward[1],
+        unfused_flops=unfused,
         backward_flops=meter.flops + meter.attention_flops - forward[0] - forward[1],
         traffic=forward[2],
         births=meter.births,

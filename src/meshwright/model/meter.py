@@ -1,8 +1,8 @@
 """Counts what a forward and backward on fake tensors would cost: FLOPs, bytes moved, bytes alive.
 
-Attention and RMS normalisation are counted as the fused kernels that accelerators have for them,
-which save their inputs and one number per vector instead of every intermediate. Attention dropout
-is a part of its kernel and costs nothing.
+Fused attention and RMS normalisation are counted as the kernels that accelerators have for them,
+which save their inputs and one number per vector instead of every intermediate. Dropout in fused
+attention is a part of the kernel and costs nothing.
 """
 
 from __future__ import annotations
@@ -109,12 +109,15 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
         self.attention_flops = 0
+        self.unfused_flops = 0
+        """The part of `attention_flops` that is in batches of products of two activations."""
         self.traffic = 0
         self.births: list[int] = []
         self.events: list[int] = []
         self.casts: set[int] = set()
         """Storages that hold the casts of weights which are cast once a step."""
         self._cast_once = _storages(cast_once).keys()
+        self._weight_casts: set[int] = set()
         self._numbers: dict[int, int | None] = dict.fromkeys(_storages(weights))
 
     def numbers(self, values: Any) -> set[int]:
@@ -144,6 +147,9 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             flops = flop_registry[packet](*args, **kwargs, out_val=out)
             if "attention" in func.name():
                 self.attention_flops += flops
+            elif packet is _ATEN.bmm and all(map(self._is_activation, args[:2])):
+                self.attention_flops += flops
+                self.unfused_flops += flops
             else:
                 self.flops += flops
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -152,6 +158,14 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if made and not is_view and "empty" not in func.name():
             self.traffic += sum(t.numel() * t.element_size() for t in (*read, *made))
         born = self.numbers(made)
-        if packet is _ATEN._to_copy and _storages(args).keys() & self._cast_once:
-            self.casts |= born
+        if packet is _ATEN._to_copy:
+            if not self._is_activation(args[0]):
+                self._weight_casts |= born
+            if _storages(args).keys() & self._cast_once:
+                self.casts |= born
         return out
+
+    def _is_activation(self, tensor: Tensor) -> bool:
+        """True if the tensor is neither a weight nor the cast of one."""
+        numbers = [self._numbers.get(key) for key in _storages(tensor)]
+        return all(n is not None and n not in self._weight_casts for n in numbers)

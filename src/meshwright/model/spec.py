@@ -79,6 +79,9 @@ class Layer:
     attention_flops: float = 0.0
     """Forward FLOPs of the attention scores and their product with the values; counted separately
     because attention kernels reach another fraction of the peak."""
+    unfused_flops: float = 0.0
+    """The part of `attention_flops` that ordinary matrix products compute, which write their scores
+    to memory, instead of a fused kernel."""
     backward_flops: float
     """FLOPs of the whole backward, attention included: the gradients of the inputs, and those of
     the weights that are trained."""
@@ -220,7 +223,7 @@ def num_frozen_parameters(model: LayerGraph) -> int:
 
 
 _LATER = {"frozen_parameters": 0, "cast_frozen": 0, "split_frozen": 0, "constant_bytes": 0.0,
-          "has_backward": True, "parallel": [], "divided": []}  # fmt: skip
+          "has_backward": True, "parallel": [], "divided": [], "unfused_flops": 0.0}  # fmt: skip
 """Fields that older graphs lack, with the defaults that stand for their absence."""
 _FINGERPRINTED = {
     "units": "tensor_units",

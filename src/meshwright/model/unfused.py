@@ -1,5 +1,9 @@
-"""Changes a LayerGraph to unfused attention, which writes its scores to memory (as implementations
-before FlashAttention did); for comparison with published measurements of such models."""
+"""Changes a LayerGraph to the unfused attention of Megatron-LM, whose fused masked softmax keeps
+scores in the precision of activations; for comparison with published runs of Megatron.
+
+The unfused attention of this project's own modules is a choice of the model (`model.source`), and
+counted kernel by kernel.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,17 @@ from meshwright.model.spec import Division, Layer, LayerGraph, with_temporaries
 from meshwright.model.transformer.counted_graph import SIZES
 
 SAVED = 2.5
-"""Numbers saved per score: the outputs of softmax and dropout, and a mask of one byte, which is
-half a number (Korthikanti et al. 2022: 5 bytes per score in 16-bit precision)."""
+"""Numbers that Megatron-LM saves per score: the outputs of softmax and dropout, and a mask of one
+byte, which is half a number (Korthikanti et al. 2022, section 4.1: 5 bytes per score)."""
 MOVED = 6.5
-"""Numbers that the forward reads or writes per score: written by the first product, read and
+"""Numbers that its forward reads or writes per score: written by the first product, read and
 written by the fused masked softmax, read and written by dropout with its mask of one byte, read by
 the second product."""
 
 
 def with_unfused_attention(model: LayerGraph, heads: int) -> LayerGraph:
-    """Adds the heads * S^2 scores of every attention layer to what it saves and moves.
+    """Adds the heads * S^2 scores of every attention layer to what it saves and moves, as
+    Megatron-LM's kernels do with dropout.
 
         saved += 2.5 a heads S^2, moved += 6.5 a heads S^2     (a: bytes of an activation)
 

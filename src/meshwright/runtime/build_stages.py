@@ -21,7 +21,7 @@ from meshwright.runtime.parameters import Parameter
 from meshwright.runtime.seeds import initial_seed
 from meshwright.runtime.slices import read_slices
 from meshwright.techniques.activation_checkpointing.model import recomputed
-from meshwright.techniques.tensor_parallel.runtime import TensorParallelGroup, divide
+from meshwright.techniques.tensor_parallel.runtime import TensorParallelGroup, divide, draw_apart
 
 
 @record
@@ -151,6 +151,8 @@ def build_stages(
         for name, split in division.table.items():
             size = division.sizes.get(name, 0)
             divide(model.get_submodule(name), name, split, size, tensor_group)
+        for part in layers.values():
+            draw_apart(part.module, tensor_group)
     held = tuple(division.held.values())
     return tuple(_built(stage, layered, more, held) for stage in stages)
 

@@ -24,6 +24,7 @@ from meshwright.launch.local import Launcher
 from meshwright.launch.lock import lock_folder
 from meshwright.launch.nodes import launch_commands, launch_node, write_nodes
 from meshwright.model.hf import language_model
+from meshwright.model.source import model_source
 from meshwright.plan.files import save_plan
 from meshwright.plan.spec import Plan
 from meshwright.program.timeline import Timeline
@@ -89,13 +90,14 @@ def check_data(plan: Plan, settings: RunSettings) -> None:
 def _kept_model(source: str, folder: Path) -> str:
     """Copies a model's config file into the run folder, since other nodes may not have it; returns
     its path there."""
-    path = Path(source)
+    found = model_source(source)
+    path = Path(found.base)
     if not files.is_file(path):
         return source
     copy = folder / (path.name if path.name not in OWN_NAMES else "model-config.json")
     if path.resolve() != copy.resolve():
         files.copy(path, copy, error=ModelError)
-    return str(copy)
+    return found.at(str(copy))
 
 
 def check_this_machine(session: Session, plan: Plan, accelerators: int) -> None:

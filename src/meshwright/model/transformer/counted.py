@@ -20,7 +20,7 @@ from meshwright.model.transformer.counted_attention import count_attention
 from meshwright.model.transformer.counted_experts import count_experts
 from meshwright.model.transformer.counts import Counts
 from meshwright.model.transformer.module_specs import ModuleSpec
-from meshwright.model.transformer.spec import Norm, Rotary
+from meshwright.model.transformer.spec import FUSED, AttentionKernel, Norm, Rotary
 from meshwright.model.transformer.tape import Backward, Sized
 
 
@@ -117,12 +117,13 @@ class Counted(Counts):
     def attention(
         self, q: Sized, k: Sized, v: Sized, *, causal: bool, window: int = 0,
         scale: float | None = None, cap: float | None = None, alibi: int = 0,
-        bias: Sized | None = None,
+        bias: Sized | None = None, kernel: AttentionKernel = FUSED,
     ) -> Sized:  # fmt: skip
-        """Counts one fused kernel, or explicit products for variants without such a kernel."""
+        """Counts one fused kernel, or explicit products if these are chosen, or the variant has no
+        such kernel."""
         return count_attention(
             self, q, k, v, window=window, cap=cap, masked=causal, alibi=alibi > 0,
-            bias=bias,
+            bias=bias, kernel=kernel,
         )  # fmt: skip
 
     def experts(self, name: str, x: Sized, c: LanguageModel) -> Sized:

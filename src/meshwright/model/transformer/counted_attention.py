@@ -6,18 +6,19 @@ from collections.abc import Sequence
 from math import prod
 
 from meshwright.model.transformer.counts import Counts
+from meshwright.model.transformer.spec import AttentionKernel
 from meshwright.model.transformer.tape import Sized, seen_as
 
 
 def count_attention(
     o: Counts, q: Sized, k: Sized, v: Sized, *, window: int, cap: float | None, masked: bool,
-    alibi: bool, bias: Sized | None,
+    alibi: bool, bias: Sized | None, kernel: AttentionKernel,
 ) -> Sized:  # fmt: skip
     """Counts attention of queries, keys and values, each (rows, heads, tokens, head)."""
     tokens, reads = q.shape[2], k.shape[2]
     if window and window < tokens:
-        return _windowed(o, q, k, v, window, cap)
-    if cap is None and bias is None:
+        return _windowed(o, q, k, v, window, cap, kernel)
+    if cap is None and bias is None and not kernel.unfused:
         mask = None
         if alibi:
             mask = o.tape.new((1, q.shape[1], tokens, reads), o.a)
@@ -26,10 +27,12 @@ def count_attention(
         wide = _padded(o, v, q.shape[3])
         return _narrowed(o, fused(o, q, k, wide, mask), v.shape[3])
     mask = o.tape.new((1, 1, tokens, reads), o.a) if masked else bias
+    if alibi:
+        mask = o.tape.new((1, q.shape[1], tokens, reads), o.a)
     if masked and bias is not None:
         hidden = o.tape.new((1, 1, tokens, reads), 1)
         o.tape.keep(bias, [hidden])
-    made = capped(o, q, k, v, mask, cap)
+    made = unfused(o, q, k, v, mask, cap, dropout=kernel.dropout > 0)
     return o.copied(made, made.shape)
 
 
@@ -68,41 +71,57 @@ def _narrowed(o: Counts, x: Sized, width: int) -> Sized:
 def matmul(o: Counts, x: Sized, y: Sized, shape: tuple[int, ...], inner: int) -> Sized:
     """Counts a batch of matrix products, which save both factors."""
     work = 2 * prod(shape) * inner
-    o.flops += work
+    o.attention_flops += work
+    o.unfused_flops += work
     shapes = [(each.shape, each.size) for each in (x, y)]
 
     def back(_: Sequence[Sized | None]) -> list[Sized | None]:
-        o.flops += 2 * work
+        o.attention_flops += 2 * work
         return [o.tape.new(each, size) for each, size in shapes]
 
     return o.tape.record([x, y], shape, o.a, back, [x, y])
 
 
-def capped(
+def unfused(
     o: Counts, q: Sized, k: Sized, v: Sized, mask: Sized | None, cap: float | None, *,
-    in_order: bool = False,
+    dropout: bool, in_order: str = "",
 ) -> Sized:  # fmt: skip
-    """Counts attention with explicit scores, which are capped and saved. Keys and values are
-    copied, unless their elements are `in_order` in memory."""
+    """Counts attention with explicit scores. Saved are what the cap saves, the softmax in full
+    precision, what the second product reads, and the mask of a dropout, one byte per score.
+    Products copy what they read, unless its elements are in order in memory, as `in_order` says:
+    "kv" for keys and values."""
     rows, heads, tokens, head = q.shape
     reads, value = k.shape[2], v.shape[3]
     if k.shape[1] < heads:
         k, v = (_spread(o, each, heads) for each in (k, v))
-    elif not in_order:
+    elif "kv" not in in_order:
         k, v = (o.copied(each, each.shape) for each in (k, v))
     q = o.elementwise([q], [])
-    q = o.copied(q, q.shape)
-    scores = matmul(o, q, k, (rows, heads, tokens, reads), head)
+    if "q" not in in_order:
+        q = o.copied(q, q.shape)
+    x = matmul(o, q, k, (rows, heads, tokens, reads), head)
     if cap is not None:
-        scores = o.capped(scores, cap)
+        x = o.capped(x, cap)
     if mask is not None:
-        scores = o.elementwise([scores], [])
-    weights = o.cast_to(scores, o.m) if o.low else scores
-    weights = o.elementwise([weights], [])
-    o.tape.keep(weights, [weights])
+        x = o.elementwise([x], [])
     if o.low:
-        weights = o.cast_to(weights, o.a)
-    return matmul(o, weights, v, (rows, heads, tokens, value), reads)
+        x = o.cast_to(x, o.m)
+    x = o.elementwise([x], [])
+    o.tape.keep(x, [x])
+    if o.low:
+        x = o.cast_to(x, o.a)
+    if dropout:
+        x = _dropped(o, x)
+    return matmul(o, x, v, (rows, heads, tokens, value), reads)
+
+
+def _dropped(o: Counts, x: Sized) -> Sized:
+    """Counts a dropout, which saves its mask."""
+    made = o.elementwise([x], [])
+    mask = o.tape.new(x.shape, 1)
+    o.tape.traffic += mask.bytes
+    o.tape.keep(made, [mask])
+    return made
 
 
 def _spread(o: Counts, x: Sized, heads: int) -> Sized:
@@ -113,7 +132,9 @@ def _spread(o: Counts, x: Sized, heads: int) -> Sized:
     return made
 
 
-def _windowed(o: Counts, q: Sized, k: Sized, v: Sized, window: int, cap: float | None) -> Sized:
+def _windowed(
+    o: Counts, q: Sized, k: Sized, v: Sized, window: int, cap: float | None, kernel: AttentionKernel
+) -> Sized:
     """Counts attention in pieces of the window's length, each of which attends to itself and to the
     piece before it."""
     rows, heads, tokens, head = q.shape
@@ -128,12 +149,14 @@ def _windowed(o: Counts, q: Sized, k: Sized, v: Sized, window: int, cap: float |
         for each in (k, v)
     )
     mask = o.tape.new((1, 1, window, 2 * window), o.a)
-    if cap is None:
+    if cap is None and not kernel.unfused:
         one, rest = fused(o, own_q, own_k, own_v), fused(o, own, keys, values, mask)
     else:
         causal = o.tape.new((1, 1, window, window), o.a)
-        one = capped(o, own_q, own_k, own_v, causal, cap)
-        rest = capped(o, own, keys, values, mask, cap, in_order=True)
+        drops = kernel.dropout > 0
+        padded = "qkv" if short else ""
+        one = unfused(o, own_q, own_k, own_v, causal, cap, dropout=drops, in_order=padded)
+        rest = unfused(o, own, keys, values, mask, cap, dropout=drops, in_order="kv")
         rest = o.copied(rest, rest.shape)
     value = v.shape[3]
     rest = o.tape.views(rest, [(rows, heads, later * window, value)], list)[0]

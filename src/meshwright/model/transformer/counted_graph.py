@@ -30,6 +30,7 @@ from meshwright.model.transformer.layer_list import (
     tokens_of,
 )
 from meshwright.model.transformer.module_specs import INDEX_BYTES, ParameterSpec
+from meshwright.model.transformer.spec import FUSED
 from meshwright.model.transformer.tape import Sized
 from meshwright.records import fingerprint
 from meshwright.techniques.tensor_parallel.model import dividing_axes, measured_widths
@@ -133,12 +134,14 @@ def _run(
     given = layer_inputs(o, layer, job.model, rows, job.sequence)
     result = layer.compute(o, *given)
     flops, attention, traffic = o.flops, o.attention_flops, o.tape.traffic
+    unfused = o.unfused_flops
     events = list(o.tape.events)
     outputs = {result.storage.number} - o.tape.saved
     o.tape.backward([result])
     run = LayerRun(
         flops=flops,
         attention_flops=attention,
+        unfused_flops=unfused,
         backward_flops=o.flops + o.attention_flops - flops - attention,
         traffic=traffic,
         births=o.tape.births,
@@ -180,7 +183,10 @@ def _signature(layer: LayerDescription, job: CountedJob) -> str:
     c = job.model
     sizes = [c.width, c.heads, c.kv_heads, c.head, c.hidden, c.experts, c.chosen]
     outer = [] if layer.kind.startswith("block") else [c.vocabulary, c.positions]
-    return fingerprint([repr(architecture_of(c)), layer.kind, job.sequence, *sizes, *outer])
+    kernel = [] if c.kernel == FUSED else [repr(c.kernel)]
+    return fingerprint(
+        [repr(architecture_of(c)), layer.kind, job.sequence, *sizes, *outer, *kernel]
+    )
 
 
 def _owned(

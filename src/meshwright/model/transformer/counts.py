@@ -36,6 +36,8 @@ class Counts:
     """How tensor parallelism divides modules inside a module of `modules`, by qualified name."""
     flops: int = 0
     attention_flops: int = 0
+    unfused_flops: int = 0
+    """The part of `attention_flops` that is not in a fused kernel."""
     forward_all_reduce: list[int] = field(default_factory=list)
     """Bytes of each tensor-parallel all-reduce in the forward."""
     backward_all_reduce: list[int] = field(default_factory=list)

@@ -76,5 +76,5 @@ def attention(
     bias = None
     if a.position == "relative" and read is None:
         bias = o.relative_bias(f"{name}.bias", x, heads, a.buckets, a.reach, both_ways=not causal)
-    y = o.attention(q, k, v, causal=causal, scale=a.score_scale, bias=bias)
+    y = o.attention(q, k, v, causal=causal, scale=a.score_scale, bias=bias, kernel=c.kernel)
     return o.linear(f"{name}.out", o.merged(y), inner, c.width, bias=a.out_bias)

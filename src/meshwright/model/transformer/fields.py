@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from meshwright.errors import Problem
+from meshwright.model.transformer.attention_fields import IMPLEMENTATION_FIELDS
 from meshwright.model.transformer.families import FAMILIES, Family
 from meshwright.text import nearest
 
@@ -24,8 +25,10 @@ _SPEECH = "for recognising speech, or for augmenting it"
 
 IGNORED: Mapping[str, str] = {
     **dict.fromkeys(
-        ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "embd_pdrop",
-         "hidden_dropout", "hidden_dropout_prob", "resid_pdrop", "dropout", "dropout_rate",
+        ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "dropout_rate"),
+        f"followed for attention weights if attn_implementation is eager; else {_DROPOUT}"),
+    **dict.fromkeys(
+        ("embd_pdrop", "hidden_dropout", "hidden_dropout_prob", "resid_pdrop", "dropout",
          "activation_dropout", "layerdrop", "classifier_dropout", "summary_first_dropout",
          "encoder_layerdrop", "decoder_layerdrop", "embedding_dropout", "ffn_dropout"), _DROPOUT),
     **dict.fromkeys(
@@ -50,8 +53,8 @@ IGNORED: Mapping[str, str] = {
          "unsloth_fixed", "is_llama_config", "transformers.js_config", "vocab_file",
          "gradient_checkpointing", "torchscript", "custom_pipelines"), _ORIGIN),
     **dict.fromkeys(
-        ("torch_dtype", "dtype", "attn_implementation", "_attn_implementation_autoset",
-         "_attn_implementation", "pretraining_tp", "attention_softmax_in_fp32",
+        ("torch_dtype", "dtype", "_attn_implementation_autoset", "pretraining_tp",
+         "attention_softmax_in_fp32",
          "reorder_and_upcast_attn", "slow_but_exact", "masked_softmax_fusion", "use_flash_attn",
          "use_flash_attention_2", "flash_attention", "bias_dropout_fusion", "use_bfloat16",
          "output_attentions", "output_hidden_states", "output_past", "return_dict",
@@ -136,7 +139,8 @@ def unread(config: Mapping[str, Any], kind: str, source: str) -> Iterator[Proble
     family = FAMILIES[kind]
     own = read_fields(family)
     for key, value in config.items():
-        if key in own or key in ("model_type", "architectures") or value is None:
+        known = key in own or key in ("model_type", "architectures", *IMPLEMENTATION_FIELDS)
+        if known or value is None:
             continue
         found = _short(value)
         if key in REFUSED:

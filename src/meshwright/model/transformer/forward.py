@@ -128,6 +128,7 @@ def self_attention(o: Operations, c: LanguageModel, number: int, x: Value) -> Va
         scale=a.score_scale,
         cap=a.score_cap,
         alibi=c.heads if a.position == "alibi" else 0,
+        kernel=c.kernel,
     )  # fmt: skip
     return o.linear("attention.out", o.merged(y), c.heads * c.head, c.width, bias=a.out_bias,
                     split=Row())  # fmt: skip
@@ -166,7 +167,7 @@ def latent_attention(o: Operations, c: LanguageModel, x: Value) -> Value:
     q = o.joined(plain, o.rotate(turned, rotary))
     k, v = o.parts(o.heads(kv, latent.plain + latent.value), (latent.plain, latent.value))
     k = o.common_head(o.rotate(o.heads(common, latent.rotary), rotary), k)
-    y = o.attention(q, k, v, causal=True, scale=a.score_scale)
+    y = o.attention(q, k, v, causal=True, scale=a.score_scale, kernel=c.kernel)
     return o.linear("attention.out", o.merged(y), c.heads * latent.value, c.width, bias=a.out_bias)
 
 

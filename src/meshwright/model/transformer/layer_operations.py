@@ -14,7 +14,13 @@ from typing import Any, Protocol
 
 from meshwright.model.config import LanguageModel
 from meshwright.model.shard import Split
-from meshwright.model.transformer.spec import Activation, Norm, Rotary
+from meshwright.model.transformer.spec import (
+    FUSED,
+    Activation,
+    AttentionKernel,
+    Norm,
+    Rotary,
+)
 
 Value = Any
 """A torch tensor, or an abstract tensor of the counter."""
@@ -84,6 +90,7 @@ class Operations(Protocol):
         cap: float | None = None,
         alibi: int = 0,
         bias: Value = None,
+        kernel: AttentionKernel = FUSED,
     ) -> Value:
         """Computes scaled dot-product attention of values from `heads`. `alibi` is the number of
         heads of the undivided layer with ALiBi slopes (0: none); `bias` is added to the scores."""

@@ -16,12 +16,26 @@ Experts = Annotated[int, Field(ge=1, le=10**5)]
 Window = Annotated[int, Field(ge=0, le=2**30)]
 Factor = Annotated[float, Field(gt=0, le=1e15)]
 Epsilon = Annotated[float, Field(gt=0, lt=1)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 NormKind = Literal["rms", "layer"]
 NormPlace = Literal["before", "after", "both", "output"]
 Position = Literal["learned", "rotary", "alibi", "relative", "sinusoidal", "none"]
 Activation = Literal["silu", "gelu", "gelu-tanh", "quick-gelu", "relu", "relu-squared"]
 Task = Literal["next token", "masked tokens", "image class", "text to text", "speech to text"]
+
+
+@record
+class AttentionKernel:
+    """Says how attention is computed: by one fused kernel, or by a product, a softmax and a product
+    that write their results to memory. What is computed is the same."""
+
+    unfused: bool = False
+    dropout: Dropout = 0.0
+    """Probability with which each attention weight is set to 0 in training."""
+
+
+FUSED = AttentionKernel()
 
 
 @record

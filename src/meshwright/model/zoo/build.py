@@ -9,6 +9,8 @@ from torch import nn
 from meshwright.errors import ModelError, Problem
 from meshwright.model.config import LanguageModel
 from meshwright.model.hf import language_model
+from meshwright.model.source import model_source
+from meshwright.model.transformer.spec import FUSED
 from meshwright.model.zoo.described import DescribedTransformer
 from meshwright.model.zoo.gpt import GPT
 from meshwright.model.zoo.llama import Llama
@@ -24,8 +26,9 @@ def vocabulary_of(source: str | Path) -> int:
 def build_model(source: str | Path, sequence: int) -> nn.Module:
     """Builds a model that takes (tokens, targets), both (rows, sequence), and gives the mean loss.
 
-    Its weights are freshly initialised, and it has no dropout, as is usual in pre-training. Under
-    `with torch.device("meta")` it takes no memory. Raises ModelError.
+    Its weights are freshly initialised, and it has no dropout but that of attention weights, if the
+    source or the file asks for it. Under `with torch.device("meta")` it takes no memory. Raises
+    ModelError.
 
     Example: build_model("gpt2", 1024).
     """
@@ -33,7 +36,7 @@ def build_model(source: str | Path, sequence: int) -> nn.Module:
 
 
 def _trainable(source: str | Path, sequence: int | None) -> LanguageModel:
-    if str(source).endswith(".toml"):
+    if model_source(source).is_hand_written:
         wanted = "a name or a config.json"
         mend = "a hand-written model can be planned and simulated only: it has no code"
         raise ModelError(Problem(str(source), "", "a hand-written model", wanted, mend))
@@ -47,7 +50,9 @@ def _trainable(source: str | Path, sequence: int | None) -> LanguageModel:
 
 def from_language_model(c: LanguageModel) -> nn.Module:
     """Builds the module of a family with these sizes."""
-    if c.architecture is not None:
+    # The modules written by hand have fused attention only.
+    chosen = c.kernel != FUSED and c.family != "u-transformer"
+    if c.architecture is not None or chosen:
         return DescribedTransformer(c)
     if c.family == "gpt2":
         return GPT(
@@ -67,6 +72,7 @@ def from_language_model(c: LanguageModel) -> nn.Module:
             heads=c.heads,
             layers=c.layers,
             levels=c.levels,
+            kernel=c.kernel,
         )
     numbers = {
         "vocabulary": c.vocabulary,

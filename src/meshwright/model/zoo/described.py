@@ -27,9 +27,9 @@ from meshwright.model.transformer.layer_list import (
 )
 from meshwright.model.transformer.module_specs import ModuleSpec
 from meshwright.model.transformer.rotary import frequencies
-from meshwright.model.transformer.spec import Activation, Norm, Rotary
+from meshwright.model.transformer.spec import FUSED, Activation, AttentionKernel, Norm, Rotary
 from meshwright.model.zoo.activations import ACTIVATIONS
-from meshwright.model.zoo.attention import attend, bucket
+from meshwright.model.zoo.attention import Scoring, attend, bucket
 from meshwright.model.zoo.experts import ConfiguredExperts
 from meshwright.model.zoo.modules import (
     INIT_STD,
@@ -81,6 +81,7 @@ class DescribedLayer(nn.Module):
         self.compute = layer.compute
         self.tensor_units = layer.units
         self.tensor_split: dict[str, Split] = {}
+        self.tensor_rank: int | None = None
         counted = Counted(a=4, m=4)
         layer.compute(counted, *layer_inputs(counted, layer, c, 1, 8))
         for name, made in counted.modules.items():
@@ -212,7 +213,7 @@ class TorchOperations:
     """Implements `transformer.layer_operations.Operations` with torch and the parameters of one
     layer."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: DescribedLayer) -> None:
         self._layer = layer
 
     def _of(self, name: str) -> Any:
@@ -312,9 +313,13 @@ class TorchOperations:
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int = 0,
         scale: float | None = None, cap: float | None = None, alibi: int = 0,
-        bias: Tensor | None = None,
+        bias: Tensor | None = None, kernel: AttentionKernel = FUSED,
     ) -> Tensor:  # fmt: skip
-        return attend(q, k, v, causal=causal, window=window, scale=scale, cap=cap, alibi=alibi,
+        scoring = Scoring(
+            scale, cap, unfused=kernel.unfused, tensor_rank=self._layer.tensor_rank,
+            dropout=kernel.dropout if self._layer.training else 0.0,
+        )  # fmt: skip
+        return attend(q, k, v, causal=causal, window=window, scoring=scoring, alibi=alibi,
                       bias=bias)  # fmt: skip
 
     def activate(self, kind: Activation, x: Tensor) -> Tensor:

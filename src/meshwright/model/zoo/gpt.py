@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meshwright.model.shard import Column, Row, Split, Vocabulary
+from meshwright.model.transformer.spec import AttentionKernel
+from meshwright.model.zoo.attention import Scoring, attend
 from meshwright.model.zoo.modules import (
     INIT_STD,
     Embedding,
@@ -39,17 +41,23 @@ class TokensAndPositions(nn.Module):
 class Attention(nn.Module):
     """Computes causal self-attention, over the heads that this tensor-parallel rank holds."""
 
-    def __init__(self, width: int, heads: int, dropout: float, residual_std: float) -> None:
+    def __init__(
+        self, width: int, heads: int, kernel: AttentionKernel, residual_std: float
+    ) -> None:
         super().__init__()
         self.head = width // heads
-        self.dropout = dropout
+        self.kernel = kernel
+        self.tensor_rank: int | None = None
         self.qkv = Linear(width, 3 * width, bias=True)
         self.out = Linear(width, width, bias=True, std=residual_std)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (heads_first(part, self.head) for part in self.qkv(x).chunk(3, dim=-1))
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        scoring = Scoring(
+            unfused=self.kernel.unfused, tensor_rank=self.tensor_rank,
+            dropout=self.kernel.dropout if self.training else 0.0,
+        )  # fmt: skip
+        y = attend(q, k, v, causal=True, scoring=scoring)
         return cast("Tensor", self.out(heads_last(y)))
 
 
@@ -69,11 +77,19 @@ class Block(nn.Module):
     """Adds attention, then a feed-forward module, to the residual stream."""
 
     def __init__(
-        self, width: int, heads: int, hidden: int, dropout: float, residual_std: float
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        dropout: float,
+        residual_std: float,
+        kernel: AttentionKernel | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = LayerNorm(width)
-        self.attention = Attention(width, heads, dropout, residual_std)
+        self.attention = Attention(
+            width, heads, kernel or AttentionKernel(dropout=dropout), residual_std
+        )
         self.norm2 = LayerNorm(width)
         self.mlp = MLP(width, hidden, residual_std)
         self.dropout = nn.Dropout(dropout)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meshwright.model.transformer.spec import FUSED, AttentionKernel
 from meshwright.model.zoo.gpt import Block, TokensAndPositions
 from meshwright.model.zoo.modules import INIT_STD, LayerNorm, Linear, LossHead
 
@@ -73,6 +74,7 @@ class UTransformer(nn.Module):
         heads: int,
         layers: int,
         levels: int,
+        kernel: AttentionKernel = FUSED,
     ) -> None:
         super().__init__()
         residual_std = INIT_STD / (2 * layers * (2 * levels + 1)) ** 0.5
@@ -80,7 +82,8 @@ class UTransformer(nn.Module):
         def blocks(level: int) -> list[Block]:
             inner = width << level
             return [
-                Block(inner, heads << level, 4 * inner, 0.0, residual_std) for _ in range(layers)
+                Block(inner, heads << level, 4 * inner, 0.0, residual_std, kernel)
+                for _ in range(layers)
             ]
 
         self.embedding = TokensAndPositions(vocabulary, positions, width, 0.0)

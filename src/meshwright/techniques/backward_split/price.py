@@ -93,13 +93,14 @@ def _by_flops(
 
     They take as many FLOPs as the products of the forward, the same share of the moved activations,
     and the writing of the gradients. If some weights are frozen, the products are what the backward
-    does beyond input gradients (as much as a forward) and attention (2.5 times its forward).
+    does beyond input gradients (as much as a forward) and attention (2.5 times its forward,
+    or twice if it is unfused).
     """
     if not (layer.parameters or tied) or not layer.backward_flops:
         return 0.0
     products = min(layer.forward_flops, layer.backward_flops)
     if layer.frozen_parameters:
-        others = layer.forward_flops + 2.5 * layer.attention_flops
+        others = layer.forward_flops + 2.5 * layer.attention_flops - layer.unfused_flops / 2
         products = min(products, max(layer.backward_flops - others, 0.0))
     share = products / layer.backward_flops
     divided = layer.along("tensor")

@@ -152,6 +152,14 @@ def divide(
         module.forward = _vocabulary_loss(module, tensor_group)
 
 
+def draw_apart(layer: nn.Module, tensor_group: TensorParallelGroup) -> None:
+    """Tells the modules of a divided layer that drop parts of what only this rank holds (they have
+    an attribute `tensor_rank`) which rank of the group it is, so that ranks draw differently."""
+    for module in layer.modules():
+        if hasattr(module, "tensor_rank"):
+            cast("Any", module).tensor_rank = tensor_group.index
+
+
 def _need(holds: bool, module: nn.Module, name: str, wanted: str) -> None:
     if not holds:
         raise PlanError(Problem(f"module {name}", "tensor_split", type(module).__name__, wanted))
