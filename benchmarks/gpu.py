@@ -106,10 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_here(CASES[options.case], options.device, options.json)
         return 0
     began = time.monotonic()
-    results = {"format": 1, **described(options.device), "cases": {}}
+    chosen = [*dict.fromkeys(options.only or CASES)]
+    results = {"format": 1, **described(options.device), "command": command_of(options)}
+    results["cases"] = {}
     print(f"{results['device']}, torch {results['versions'].get('torch')}", flush=True)
     with ended_on_signals():
-        for name in options.only or CASES:
+        for name in chosen:
             left = min(CASE_SECONDS, ALL_SECONDS - (time.monotonic() - began))
             results["cases"][name] = found = result_of(CASES[name], options.device, left)
             print("\n".join(["", *told(CASES[name], found)]), flush=True)
@@ -260,9 +262,15 @@ def described(kind: str) -> dict[str, Any]:
         **json.loads(seen.stdout),
         "driver": said(driver) if kind == "cuda" else None,
         "commit": commit(),
-        "command": " ".join(["python benchmarks/gpu.py", "--device", kind]),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def command_of(options: argparse.Namespace) -> str:
+    """What to type for the same figures."""
+    words = [f"--device {options.device}"] if options.device != "cuda" else []
+    words += [f"--only {' '.join(options.only)}"] if options.only else []
+    return " ".join(["python benchmarks/gpu.py", *words])
 
 
 def commit() -> str | None:

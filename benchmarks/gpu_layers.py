@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from gpu_findings import Findings
@@ -20,6 +21,7 @@ from gpu_training import (
     sizes_of,
     start_alone,
     synchronize,
+    without_storage,
 )
 from overhead import COMPUTING, Clock, medians, sampled, watch
 from torch.utils import checkpoint  # noqa: F401 - imported ahead of the clock
@@ -99,15 +101,10 @@ def _beside(measured: float, predicted: float | None) -> tuple[float, float | No
 
 def bench_of(shape: Shape, stopwatch: Stopwatch, repeats: int) -> LayerBenchmark:
     """The profile's own way of measuring layers."""
-
-    def make() -> torch.nn.Module:
-        with torch.device("meta"):
-            return made(shape)
-
     row = torch.zeros(1, shape.sequence, dtype=torch.long)
     return LayerBenchmark(
-        make_model=make, graph=graph_of(shape, "bf16"), inputs=(row, row),
-        device_type="here", stopwatch=stopwatch, repeats=repeats,
+        make_model=partial(without_storage, shape), graph=graph_of(shape, "bf16"),
+        inputs=(row, row), device_type="here", stopwatch=stopwatch, repeats=repeats,
     )  # fmt: skip
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 
 import torch
@@ -97,11 +98,27 @@ def start_alone(device: torch.device) -> None:
 
 def made(shape: Shape) -> GPT:
     """The same model, with the same weights, in every process."""
+    return deepcopy(_first(shape))
+
+
+@lru_cache(maxsize=1)
+def _first(shape: Shape) -> GPT:
+    """Kept, since random weights of a large model take the CPU seconds."""
     torch.manual_seed(1)
+    return _new(shape)
+
+
+def _new(shape: Shape) -> GPT:
     return GPT(
         vocabulary=shape.vocabulary, positions=shape.sequence, width=shape.width,
         heads=shape.heads, layers=shape.blocks, tied=False,
     )  # fmt: skip
+
+
+def without_storage(shape: Shape) -> GPT:
+    """Its layers and shapes alone."""
+    with torch.device("meta"):
+        return _new(shape)
 
 
 def batch_of(shape: Shape, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -157,10 +174,10 @@ def plan_of(
 @cache
 def graph_of(shape: Shape, precision: Precision) -> LayerGraph:
     """The layers, traced without storage."""
-    with torch.device("meta"):
-        model = made(shape)
-        inputs = torch.zeros(2, shape.sequence, dtype=torch.long)
-    return trace(model, (inputs, inputs), precision, shape.sequence, "gpt", divided=False)
+    inputs = torch.zeros(2, shape.sequence, dtype=torch.long, device="meta")
+    return trace(
+        without_storage(shape), (inputs, inputs), precision, shape.sequence, "gpt", divided=False
+    )
 
 
 Connect = Callable[[Plan, Program], World]
