@@ -4,10 +4,10 @@
         [--baseline CHECKOUT] [--repeat 3] [--write]
 
 Two tables. The first has the simulated step of the plan found for every example cluster and three
-models, over that in `baselines/search_gate.json`; cases that it does not have are shown alone.
-The second has the CPU seconds of planning on
-clusters of 16 to 10,240 devices, beside what is allowed; with `--baseline`, also over those of
-another checkout, measured in turns with it. `--write` stores the steps found as the new baseline.
+models, over that of a plan in `baselines/plans`, priced anew by today's costs; cases without one
+are shown alone. The second has the CPU seconds of planning on clusters of 16 to 10,240 devices,
+beside what is allowed; with `--baseline`, also over those of another checkout, measured in turns
+with it. `--write` stores plans for cases without one.
 Exits with 1 where a step is above its limit, or the geometric mean is.
 """
 
@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from math import exp, log
 from pathlib import Path
 from statistics import median
@@ -33,13 +34,20 @@ from meshwright.cluster.files import load_cluster
 from meshwright.cluster.spec import Cluster
 from meshwright.errors import FitError
 from meshwright.model.load import load_model
+from meshwright.plan.files import load_plan, save_plan
 from meshwright.plan.ranks import describe_plan
 from meshwright.plan.spec import Job
+from meshwright.plan.validate import validate_plan
 from meshwright.search.options import OPTION_NAMES
 from meshwright.search.planner import find_plan
+from meshwright.simulate.symmetry import simulate_by_symmetry
 
 HERE = Path(__file__).parent
-STORED = HERE / "baselines" / "search_gate.json"
+SPENT = HERE / "baselines" / "search_gate.json"
+"""CPU seconds of the search that found the stored plans."""
+PLANS = HERE / "baselines" / "plans"
+WRITE = "SEARCH_GATE_WRITE"
+"""Set where plans are to be stored."""
 CLUSTERS = HERE.parent / "examples" / "clusters"
 MODELS = ("gpt2-medium", "gpt2-xl", "llama-2-7b")
 ROWS, SEQUENCE = 64, 1024
@@ -58,8 +66,11 @@ def cases(only: str) -> Iterator[str]:
                 yield f"{path.stem}.{model}"
 
 
-def found_here(model: str, cluster: Cluster, batch: int, sequence: int) -> dict[str, object]:
-    """Seconds of the step of the plan found, of the CPU, and the plan in a line."""
+def found_here(
+    model: str, cluster: Cluster, batch: int, sequence: int, stored: Path | None = None
+) -> dict[str, object]:
+    """Seconds of the step of the plan found, and of one that was stored, those of the CPU, and the
+    plan in a line. A case without a stored plan that is to have one gets this one."""
     graph = load_model(model, sequence, "fp16")
     job = Job(global_batch=batch, sequence=sequence, precision="fp16", optimizer="adamw")
     begun = time.process_time()
@@ -69,7 +80,14 @@ def found_here(model: str, cluster: Cluster, batch: int, sequence: int) -> dict[
         return {"step": None, "cpu": time.process_time() - begun, "plan": "nothing fits"}
     spent = time.process_time() - begun
     assert plan.prediction is not None
-    return {"step": plan.prediction.step_seconds, "cpu": spent, "plan": describe_plan(plan)}
+    found = {"step": plan.prediction.step_seconds, "cpu": spent, "plan": describe_plan(plan)}
+    if stored is not None and stored.exists():
+        known = load_plan(stored)
+        validate_plan(known, graph, cluster)
+        found["stored"] = simulate_by_symmetry(known, graph, cluster).step_seconds
+    elif stored is not None and WRITE in os.environ:
+        save_plan(replace(plan, prediction=None), stored)
+    return found
 
 
 def one(name: str) -> dict[str, object]:
@@ -78,7 +96,8 @@ def one(name: str) -> dict[str, object]:
     if where.isdigit():
         devices = int(where)
         return found_here(model, mixed_cluster(devices), BATCH[devices], SEQUENCES[model])
-    return found_here(model, load_cluster(CLUSTERS / f"{where}.toml"), ROWS, SEQUENCE)
+    cluster = load_cluster(CLUSTERS / f"{where}.toml")
+    return found_here(model, cluster, ROWS, SEQUENCE, PLANS / f"{name}.json")
 
 
 def apart(name: str, checkout: Path) -> dict[str, object]:
@@ -92,22 +111,19 @@ def apart(name: str, checkout: Path) -> dict[str, object]:
     return answer
 
 
-def compare_steps(names: Sequence[str], jobs: int, write: bool) -> bool:
+def compare_steps(names: Sequence[str], jobs: int) -> bool:
     """Print the first table; whether it keeps its limits."""
-    stored = json.loads(STORED.read_text()) if STORED.exists() else {}
+    then = json.loads(SPENT.read_text())
     ratios, spent = [], [0.0, 0.0]
     print(f"{'case':<32} {'step s':>9} {'ratio':>7} {'cpu s':>6} {'was':>6}  plan")
     with ThreadPoolExecutor(jobs) as pool:
         for name, found in zip(
             names, pool.map(lambda n: apart(n, HERE.parent), names), strict=True
         ):
-            before = {} if write else stored.get(name, {})
-            if write:
-                stored[name] = found
-            step, old = found["step"], before.get("step")
-            ratio = step / old if step and old else 1.0 if step == old else float("nan")
-            was = before.get("cpu", float("nan"))
-            if before:
+            step, old = found["step"], found.get("stored")
+            ratio = step / old if step and old else float("nan")
+            was = then.get(name, float("nan"))
+            if old:
                 ratios.append(ratio)
                 spent[0], spent[1] = spent[0] + float(found["cpu"]), spent[1] + was  # type: ignore[arg-type]
             mark = " <" if ratio > MOST_SLOWER else ""
@@ -116,9 +132,8 @@ def compare_steps(names: Sequence[str], jobs: int, write: bool) -> bool:
                 f"{was:6.1f}  {found['plan']}{mark}",
                 flush=True,
             )
-    if write:
-        STORED.parent.mkdir(exist_ok=True)
-        STORED.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
+    if not ratios:
+        print("no case with a stored plan")
         return True
     mean = exp(sum(map(log, ratios)) / len(ratios))
     beyond = sum(ratio > MOST_SLOWER for ratio in ratios)
@@ -164,16 +179,18 @@ def main() -> None:
     parser.add_argument("--planning", action="store_true", help="the second table alone")
     parser.add_argument("--baseline", type=Path, help="another checkout, for the second table")
     parser.add_argument("--repeat", type=int, default=3, help="measurements, for the second table")
-    parser.add_argument("--write", action="store_true", help="store the steps as the baseline")
+    parser.add_argument("--write", action="store_true", help="store plans for cases without one")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(one(options.one)))
         return
+    if options.write:
+        os.environ[WRITE] = "yes"
     kept = True
     names = list(cases(options.only))
     if names and not options.planning:
-        kept = compare_steps(names, options.jobs, options.write)
+        kept = compare_steps(names, options.jobs)
     if not options.steps and not options.write:
         time_planning(options.only, options.baseline, options.repeat)
     sys.exit(not kept)

@@ -72,8 +72,8 @@ MarginOption = Annotated[
 ForbidOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="Leave out schedules, virtual-stages, boundary-kinds or divided-states, which are "
-        "tried on the best plans. May be repeated."
+        help="Leave out schedules, virtual-stages, boundary-kinds, divided-states or "
+        "coarser-plans, which are tried on the best plans. May be repeated."
     ),
 ]
 SequenceOption = Annotated[int, typer.Option(help="Tokens per row.")]

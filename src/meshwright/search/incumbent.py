@@ -6,11 +6,11 @@ import math
 import time
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from meshwright.cost.out_of_memory import memory_problems
-from meshwright.plan.spec import Plan, ScheduleName
+from meshwright.plan.spec import Pipeline, Plan, ScheduleName
 from meshwright.search.bounds import after_pipelines, pipeline_bound
 from meshwright.search.candidate import (
     CandidatePipeline,
@@ -88,6 +88,8 @@ class Incumbent:
     others: list[Evaluated] = field(default_factory=list)
     pruned: Counter[str] = field(default_factory=Counter)
     seen: set[Strategy] = field(default_factory=set)
+    margin: float = 0.0
+    """The share by which predicted seconds must differ to be told apart."""
     any_order: bool = False
     """True if the order of work is chosen last: strategies are compared in the best one."""
     promising: dict[Strategy, float] = field(default_factory=dict)
@@ -220,28 +222,33 @@ def _refused(incumbent: Incumbent, strategy: Strategy) -> str:
     return "lower bound above the best" if bound >= incumbent.limit else ""
 
 
-def chosen(incumbent: Incumbent, margin: float) -> Evaluated:
-    """Returns the plan to train by: of plans whose predictions differ by at most `margin`, one with
-    few, large pieces of work.
-
-    A plan with twice as many pieces as another has to be faster by the whole margin. Without a
-    margin it is the simplest of the fastest.
-    """
+def chosen(incumbent: Incumbent) -> Evaluated:
+    """Returns the plan to train by: of plans whose predictions differ by at most the margin, the
+    one with least `sturdy_seconds`; without a margin, the simplest of the fastest."""
     assert incumbent.best is not None
+    margin = incumbent.margin
     if not margin:
         return simplest(incumbent)
     limit = incumbent.best.seconds * (1 + margin)
-    doubled = math.log2(1 + margin)
-    return min(
-        (each for each in incumbent.others if each.seconds <= limit),
-        key=lambda each: (each.seconds * pieces(each.plan) ** doubled, each.seconds),
-    )
+
+    def key(each: Evaluated) -> tuple[float, float]:
+        return sturdy_seconds(each.seconds, each.plan.pipelines, margin), each.seconds
+
+    return min((each for each in incumbent.others if each.seconds <= limit), key=key)
 
 
-def pieces(plan: Plan) -> int:
-    """Counts the pieces of work that a row of stages passes on in a step: its micro-batches times
-    its stages, of the pipeline with most."""
-    return max(p.micro_batches * len(p.stages) for p in plan.pipelines)
+def sturdy_seconds(
+    seconds: float, pipelines: Sequence[Pipeline | CandidatePipeline], margin: float
+) -> float:
+    """Returns seconds by which plans compare whose predictions are uncertain by `margin`: one with
+    twice as many pieces of work as another has to be faster by the whole margin."""
+    return float(seconds * pieces(pipelines) ** math.log2(1 + margin))
+
+
+def pieces(pipelines: Sequence[Pipeline | CandidatePipeline]) -> int:
+    """Counts the pieces of work of a step: micro-batches times stages, of the pipeline with
+    most."""
+    return max(each.micro_batches * len(each.stages) for each in pipelines)
 
 
 def simplest(incumbent: Incumbent) -> Evaluated:

@@ -124,6 +124,7 @@ def find_plan(  # noqa: PLR0913 - options, each with a default
         grace_seconds=budget_seconds or 0.0,
         stop=stop,
         found=found,
+        margin=margin,
         any_order=any(option.name == "schedules" for option in options),
     )
     tell = progress or (lambda _what, _done, _all: None)
@@ -139,7 +140,7 @@ def find_plan(  # noqa: PLR0913 - options, each with a default
         incumbent.others.append(incumbent.spare)
     if incumbent.best is None:
         raise _nothing(incumbent, seen.explored)
-    return _found(incumbent, seen, margin)
+    return _found(incumbent, seen)
 
 
 @dataclass(slots=True)
@@ -182,12 +183,12 @@ def _search(
     _play_by_hand(incumbent, [each for each in seen.by_hand if each.fits], tell)
 
 
-def _found(incumbent: Incumbent, seen: _Seen, margin: float) -> Plan:
+def _found(incumbent: Incumbent, seen: _Seen) -> Plan:
     """Returns the chosen plan with its prediction, its runners-up and its certificate."""
     costs = incumbent.costs
     if incumbent.stopped:
         incumbent.pruned[INTERRUPTED] += 1
-    winner = chosen(incumbent, margin)
+    winner = chosen(incumbent)
     evaluated = {each.name for each in incumbent.others}
     misfits = _misfits(costs, winner.seconds, evaluated, seen)
     before = seen.best_without_options
@@ -350,10 +351,9 @@ def _why_lost(incumbent: Incumbent, winner: Evaluated, other: Evaluated) -> str:
     if other.plan == winner.plan:
         return "the same plan"
     if other.seconds < winner.seconds * (1 - SAME):
-        gain, more = winner.seconds / other.seconds - 1, pieces(other.plan) / pieces(winner.plan)
-        return (
-            f"faster by {gain:.1%}, less than predictions tell apart, with {more:.2g}x the pieces"
-        )
+        more = pieces(other.plan.pipelines) / pieces(winner.plan.pipelines)
+        gain = f"faster by {winner.seconds / other.seconds - 1:.1%}"
+        return f"{gain}, less than predictions tell apart, with {more:.2g}x the pieces of work"
     if incumbent.stopped and step_of(incumbent, other) is None:
         return "slower in the simulator"
     return why_slower(parts_in(incumbent, winner), parts_in(incumbent, other))

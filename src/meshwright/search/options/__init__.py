@@ -6,7 +6,12 @@ from collections.abc import Collection
 
 from meshwright.errors import PlanError, Problem
 from meshwright.search.finishing import PlanOption
-from meshwright.search.options import boundary_kinds, other_schedules, virtual_stages
+from meshwright.search.options import (
+    boundary_kinds,
+    coarser_plans,
+    other_schedules,
+    virtual_stages,
+)
 from meshwright.techniques import rooms_with
 
 OPTIONS: tuple[PlanOption, ...] = (
@@ -14,8 +19,9 @@ OPTIONS: tuple[PlanOption, ...] = (
     other_schedules.OPTION,
     virtual_stages.OPTION,
     *(room.OPTION for room in rooms_with("options")),
+    coarser_plans.OPTION,
 )
-"""The options in the order in which they are tried; those of techniques come last."""
+"""The options in the order in which they are tried; those of techniques come last but one."""
 OPTION_NAMES = tuple(option.name for option in OPTIONS)
 
 

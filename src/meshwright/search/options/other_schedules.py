@@ -141,7 +141,7 @@ def in_fastest_orders(
             yield Pruned("slower by the quick clock")
             continue
         played, spent = played + 1, spent + work
-        simulated = yield _proposal(each)
+        simulated = yield proposal_of(each)
         if simulated and simulated is incumbent.best:
             best = each
         if simulated and simulated.seconds > each.seconds * (1 + ROUGH):
@@ -159,7 +159,7 @@ def _looked_for_longer(costs: Costs, best: OrderedPlan) -> Proposals:
     if listed is None or listed.orders == best.orders:
         return
     if best.margin > 1.0 or listed.seconds < best.seconds * (1 - SAME):
-        yield _proposal(listed)
+        yield proposal_of(listed)
 
 
 def _with_margins(
@@ -183,13 +183,13 @@ def _with_margins(
                 continue
             seen.append(listed.orders)
             left -= work
-            simulated = yield _proposal(listed)
+            simulated = yield proposal_of(listed)
             if simulated and simulated is incumbent.best:
                 best = listed
     return best
 
 
-def _proposal(ordered: OrderedPlan) -> Proposal:
+def proposal_of(ordered: OrderedPlan) -> Proposal:
     plan = ordered.plan
     return Proposal(plan, describe_plan(plan))
 
@@ -206,16 +206,9 @@ OPTION = PlanOption("schedules", propose)
 def finalists(incumbent: Incumbent, limit: float = inf) -> list[Plan]:
     """Returns the plans that are fastest in the best order of work, in less than `limit` seconds,
     if there is an order to choose; few of those that are much alike."""
-    costs, large = incumbent.costs, is_large(incumbent.costs)
+    large = is_large(incumbent.costs)
     most, alike = (FINALISTS_OF_MANY, ALIKE_OF_MANY) if large else (FINALISTS, ALIKE)
-    rated: dict[Strategy, float] = dict(incumbent.promising)
-    plans: dict[Strategy, Plan] = {}
-    for each in sorted(incumbent.others, key=attrgetter("seconds")):
-        pipelines = tuple(candidate_of(pipeline) for pipeline in each.plan.pipelines)
-        strategy: Strategy = ("1f1b", pipelines)
-        plans.setdefault(strategy, each.plan)
-        if strategy not in rated:
-            rated[strategy] = candidate_seconds(costs, pipelines, "best")
+    rated, plans = rated_strategies(incumbent)
     builds: Counter[object] = Counter()
     fastest: list[Strategy] = []
     seen: set[object] = set()
@@ -226,23 +219,37 @@ def finalists(incumbent: Incumbent, limit: float = inf) -> list[Plan]:
         build = micro_batch_sizes(strategy[1]) if large else _build(strategy)
         # The same on other devices of the same kinds takes about the same time.
         same = strategy if large else (build, f"{rated[strategy]:.9g}")
-        if _has_order(strategy) and builds[build] < alike and same not in seen:
+        if has_order(strategy) and builds[build] < alike and same not in seen:
             builds[build] += 1
             seen.add(same)
             fastest.append(strategy)
-    chosen = [plans.get(each) or _plan(incumbent, each) for each in fastest[:most]]
-    hopeful = (plan for each, plan in plans.items() if _has_order(each) and plan not in chosen)
+    chosen = [plans.get(each) or unordered_plan(incumbent, each) for each in fastest[:most]]
+    hopeful = (plan for each, plan in plans.items() if has_order(each) and plan not in chosen)
     by_name = {plan.name: plan for plan in reversed(list(hopeful))}
     simulated = [plan for plan in plans.values() if by_name.get(plan.name) is plan]
     return [*chosen, *simulated[:SIMULATED]]
 
 
-def _has_order(strategy: Strategy) -> bool:
+def rated_strategies(incumbent: Incumbent) -> tuple[dict[Strategy, float], dict[Strategy, Plan]]:
+    """Returns the closed form's seconds, in the best order of work, of every strategy that was
+    promising or simulated, and the fastest plan that was simulated of each."""
+    rated: dict[Strategy, float] = dict(incumbent.promising)
+    plans: dict[Strategy, Plan] = {}
+    for each in sorted(incumbent.others, key=attrgetter("seconds")):
+        pipelines = tuple(candidate_of(pipeline) for pipeline in each.plan.pipelines)
+        strategy: Strategy = ("1f1b", pipelines)
+        plans.setdefault(strategy, each.plan)
+        if strategy not in rated:
+            rated[strategy] = candidate_seconds(incumbent.costs, pipelines, "best")
+    return rated, plans
+
+
+def has_order(strategy: Strategy) -> bool:
     """True if there is an order to choose."""
     return any(len(each.stages) > 1 for each in strategy[1])
 
 
-def _plan(incumbent: Incumbent, strategy: Strategy) -> Plan:
+def unordered_plan(incumbent: Incumbent, strategy: Strategy) -> Plan:
     """Returns the plan of a strategy; its boundaries are of the kind that the best plan has."""
     plan = plan_of(incumbent.costs, strategy[1], "1f1b", incumbent.cluster_print)
     best = incumbent.best.plan.pipelines if incumbent.best else ()
