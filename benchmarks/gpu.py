@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -102,6 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             needs = " (needs CUDA)" if case.needs_cuda else ""
             print(f"{case.name:12}{case.says}{needs}")
         return 0
+    if options.describe:
+        print(json.dumps(describe_here(options.device)))
+        return 0
     if options.case:
         run_here(CASES[options.case], options.device, options.json)
         return 0
@@ -135,6 +139,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--json", type=Path, default=Path("gpu.json"), metavar="OUT")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--describe", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
@@ -240,21 +245,8 @@ def told(case: Case, found: dict[str, Any]) -> list[str]:
 def described(kind: str) -> dict[str, Any]:
     """The device, what drives it, and the code that was run; a process of its own looks, since
     this one must not hold the device."""
-    script = (
-        "import json, platform, sys, torch\n"
-        "cuda = sys.argv[1] == 'cuda'\n"
-        "if cuda and not torch.cuda.is_available(): sys.exit('PyTorch sees no CUDA device')\n"
-        "p = torch.cuda.get_device_properties(0) if cuda else None\n"
-        "print(json.dumps({'device': p.name if p else 'CPU', 'device_kind': sys.argv[1],\n"
-        " 'memory_bytes': p.total_memory if p else None,\n"
-        " 'multiprocessors': p.multi_processor_count if p else None,\n"
-        " 'versions': {'torch': torch.__version__, 'python': platform.python_version(),\n"
-        "  'cuda': torch.version.cuda,\n"
-        "  'nccl': '.'.join(map(str, torch.cuda.nccl.version())) if cuda else None}}))\n"
-    )
-    seen = subprocess.run(
-        [sys.executable, "-c", script, kind], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, __file__, "--describe", "--device", kind]
+    seen = subprocess.run(command, capture_output=True, text=True, check=False)
     if seen.returncode:
         sys.exit(seen.stderr.strip().splitlines()[-1])
     driver = "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
@@ -263,6 +255,27 @@ def described(kind: str) -> dict[str, Any]:
         "driver": said(driver) if kind == "cuda" else None,
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def describe_here(kind: str) -> dict[str, Any]:
+    """What PyTorch says of the device and of itself."""
+    import torch
+
+    cuda = kind == "cuda"
+    if cuda and not torch.cuda.is_available():
+        sys.exit("PyTorch sees no CUDA device: make gpu says what to install")
+    device = torch.cuda.get_device_properties(0) if cuda else None
+    return {
+        "device": device.name if device else "CPU",
+        "memory_bytes": device.total_memory if device else None,
+        "multiprocessors": device.multi_processor_count if device else None,
+        "versions": {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "cuda": torch.version.cuda,
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
+        },
     }
 
 
