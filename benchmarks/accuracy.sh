@@ -1,10 +1,12 @@
 #!/bin/sh
 # Predictions against published measurements. Usage: [BIN=.venv/bin] benchmarks/accuracy.sh DATA
-# DATA holds amp/, llmfoundry/ and vtrain/; a set that is absent is skipped, and said to be.
+# The posted measurements need no data. DATA holds amp/, llmfoundry/ and vtrain/; a set that is absent is skipped, and said to be.
 set -eu
 cd "$(dirname "$0")/.."
 data=${1:-}
 python=${BIN:+$BIN/}python
+echo "Posted measurements"
+"$python" benchmarks/posted.py
 if [ -z "$data" ] || [ ! -d "$data" ]; then
   echo "skipped: no measurements (make accuracy DATA=folder with amp/, llmfoundry/ and vtrain/)"
   exit 0

@@ -33,8 +33,9 @@ from meshwright.cost.collective import all_reduce, uncontended_seconds
 from meshwright.cost.compute import device_seconds, host_seconds, launch_seconds
 from meshwright.cost.constants import Calibration, device_constants
 from meshwright.cost.fit_constants import fit_constants
-from meshwright.cost.links import reached_links, ring_step_seconds
+from meshwright.cost.links import ring_step_seconds
 from meshwright.cost.profile import LayerTime, Profile
+from meshwright.cost.reached_links import reached_links
 from meshwright.errors import ClusterError
 from meshwright.model.spec import Layer, LayerGraph
 from meshwright.plan.spec import Job

@@ -16,6 +16,7 @@ from meshwright.cluster.spec import Cluster
 from meshwright.cost.collective import Traffic, concurrent
 from meshwright.cost.pricing import Prices, price_program
 from meshwright.cost.pricing_context import Price
+from meshwright.cost.profile import Profile
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Plan
 from meshwright.program.actions import Order
@@ -34,10 +35,12 @@ receives; its micro-batch."""
 READ_BY = {Op.FORWARD: Op.RECV_F, Op.BACKWARD: Op.RECV_B}
 
 
-def step_seconds(plan: Plan, model: LayerGraph, cluster: Cluster, way: Way) -> float:
+def step_seconds(
+    plan: Plan, model: LayerGraph, cluster: Cluster, way: Way, profile: Profile | None = None
+) -> float:
     """The step of a plan of one pipeline, one stage to a group, with whole backwards."""
     program = compile_plan(plan, model)
-    prices = price_program(program, plan, model, cluster)
+    prices = price_program(program, plan, model, cluster, profile)
     if way == "free":
         prices = without_crossings(program, prices)
     elif way == "blocking":

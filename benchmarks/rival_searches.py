@@ -20,12 +20,7 @@ import numpy as np
 from meshwright.plan.ranks import gradient_bytes
 from meshwright.plan.spec import Plan, ScheduleName
 from meshwright.search.bounds import after_pipelines, pipeline_bound
-from meshwright.search.candidate import (
-    CandidatePipeline,
-    StageDevices,
-    plan_of,
-    tensor_widths_agree,
-)
+from meshwright.search.candidate import CandidatePipeline, plan_of, tensor_widths_agree
 from meshwright.search.costs import (
     Array,
     Costs,
@@ -39,6 +34,7 @@ from meshwright.search.costs import (
 from meshwright.search.incumbent import work_of
 from meshwright.search.layer_partition import Stages, apportion, recut
 from meshwright.search.space import divisors
+from meshwright.search.stage_devices import StageDevices
 from meshwright.simulate.symmetry import simulate_by_symmetry
 
 FITTED = 900

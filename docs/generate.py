@@ -21,13 +21,14 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from meshwright import errors
 from meshwright.cluster.catalog import catalog
-from meshwright.cluster.spec import Precision
+from meshwright.cluster.link_rates import link_rates
+from meshwright.cluster.spec import LinkKind, Precision
 from meshwright.export import accelerate, deepspeed, megatron, torchtitan
 from meshwright.export.answers import LABEL, PARTS_OF_IT, Answers, known_properties
 from meshwright.model.config import NAMED
 from meshwright.model.transformer.families import FAMILIES
 from meshwright.model.transformer.fields import IGNORED, REFUSED, read_fields
-from meshwright.plan.spec import BoundaryKind, StateLevel
+from meshwright.plan.spec import BoundaryKind, RuntimeName, StateLevel
 from meshwright.program.operations import operations as op_table
 from meshwright.testbed.spec import Mode
 from meshwright.units import format_bytes, format_flops, format_throughput
@@ -42,6 +43,8 @@ CHOICES = {
     "Mode": Mode,
     "BoundaryKind": BoundaryKind,
     "StateLevel": StateLevel,
+    "LinkKind": LinkKind,
+    "RuntimeName": RuntimeName,
 }
 
 
@@ -201,6 +204,16 @@ def device_types() -> str:
     return "\n".join(lines)
 
 
+def link_rate_table() -> str:
+    """The kinds of links, with what is reached of them and its source."""
+    rows = ["| kind | of the bandwidth | all-reduces in a switch | source |",
+            "| --- | ---: | ---: | --- |"]  # fmt: skip
+    for kind, rate in link_rates().items():
+        sums = f"{rate.all_reduce_share:.0%}" if rate.all_reduce_share else ""
+        rows.append(f"| `{kind}` | {rate.share:.0%} | {sums} | {rate.source} |")
+    return "\n".join(rows)
+
+
 def model_names() -> str:
     """Models that need no file."""
     return ", ".join(f"`{name}`" for name in NAMED)
@@ -329,6 +342,7 @@ def _sentence(path: Path) -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "device-types": device_types,
+    "link-rates": link_rate_table,
     "model-names": model_names,
     "config-fields": config_fields,
     "config-rest": config_rest,

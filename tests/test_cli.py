@@ -75,6 +75,24 @@ def test_a_plan_is_explained_and_simulated(planned):
     assert "<html" in (planned / "report.html").read_text()
 
 
+def test_a_plan_is_made_for_the_system_that_runs_it_and_simulated_for_another(planned):
+    done = meshwright(
+        *("plan", "--model", "gpt-tiny", "--cluster", "cluster.toml", "--runtime", "deepspeed"),
+        *("--global-batch", "4", "--sequence", "16", "--precision", "fp32", "-o", "there.json"),
+        cwd=planned,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((planned / "there.json").read_text())["job"]["runtime"] == "deepspeed"
+
+    def step(*options: str) -> str:
+        told = meshwright("simulate", "there.json", *options, cwd=planned)
+        assert told.returncode == 0, told.stderr
+        return next(line for line in told.stdout.splitlines() if "step" in line)
+
+    assert step() == step("--runtime", "deepspeed")
+    assert step() != step("--runtime", "meshwright")
+
+
 def test_every_verb_that_searches_takes_the_same_limits():
     verbs = get_command(app).commands
     for option in ("budget", "forbid"):
@@ -257,6 +275,15 @@ MISTAKES = {
         f"simulate plan.json --cluster {EXAMPLES / 'h100-8.toml'}",
         *("here:0", "a device of"),
     ),
+    "no such runtime to simulate": (
+        "simulate plan.json --runtime megatrn",
+        *("--runtime", "megatrn", "megatron"),
+    ),
+    "no such runtime to plan for": (
+        "plan --model gpt-tiny --cluster cluster.toml --global-batch 4 --runtime megatrn",
+        *("--runtime", "megatrn", "megatron"),
+    ),
+    "no such runtime in a plan": ("simulate other.json", "job.runtime", "megatrn", "megatron"),
     "no such profile": ("simulate plan.json --profile p.json", "p.json", "no such"),
     "more processes than devices": (
         "profile --model gpt-tiny --sequence 16 --cluster cluster.toml --processes 3",
@@ -270,6 +297,9 @@ MISTAKES = {
 def test_a_mistake_ends_with_its_message_and_no_traceback(planned, name):
     line, *words = MISTAKES[name]
     (planned / "short.txt").write_text("short")
+    plan = json.loads((planned / "plan.json").read_text())
+    plan["job"]["runtime"] = "megatrn"
+    (planned / "other.json").write_text(json.dumps(plan))
     refused(line, words, cwd=planned)
 
 

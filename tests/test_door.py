@@ -327,6 +327,7 @@ OPENERS = {
 ELSEWHERE = {
     "cli.__init__": "the null device",
     "cluster.catalog": "the package's own table",
+    "cluster.link_rates": "the package's own table",
     "cluster.host": "files of the kernel",
     "cost.profile": "files of the kernel",
     "runtime.worker": "safetensors writes into a draft of the door's",

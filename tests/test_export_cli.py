@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from commands import meshwright, refused
+from meshwright.export.tools import RUNTIME_OF
 
 pytestmark = pytest.mark.heavy
 
@@ -57,6 +59,10 @@ def test_files_for_a_tool(planned, tool, files):
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (planned / tool).iterdir()) == files
     assert all(f"wrote {tool}/{name}" in done.stdout for name in files)
+    there = meshwright("simulate", "uneven.json", "--runtime", RUNTIME_OF[tool], cwd=planned)
+    (told,) = re.findall(r"predicted there: (\S+ \w+) a step", done.stdout)
+    assert there.returncode == 0, there.stderr
+    assert told in there.stdout
     listed = (planned / tool / "NOT_EXPRESSED.md").read_text()
     sentences = [line[2:] for line in listed.splitlines() if line.startswith("- ")]
     assert sentences

@@ -36,6 +36,7 @@ FLOORS = (
     "rivals",
     "search",
     "money",
+    "recorded",
     "export",
     "runtime",
     "launch",
@@ -92,9 +93,9 @@ WITH_TORCH = (
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 ROOM_LINES = {
-    "cli": 1_500,
-    "cluster": 3_500,
-    "cost": 3_450,
+    "cli": 1_600,
+    "cluster": 4_000,
+    "cost": 3_900,
     "emulation": 750,
     "export": 1_950,
     "launch": 1_450,
@@ -104,13 +105,14 @@ ROOM_LINES = {
     "plan": 950,
     "profiling": 900,
     "program": 1_920,
+    "recorded": 1_000,
     "report": 2_130,
-    "rivals": 300,
+    "rivals": 310,
     "runtime": 4_700,
-    "search": 9_100,
-    "simulate": 1_970,
+    "search": 9_600,
+    "simulate": 2_000,
     "testbed": 1_550,
-    "workflows": 1_920,
+    "workflows": 2_030,
 }
 """The most lines of each room. More is allowed in the commit that needs it, which says why."""
 TECHNIQUE_LINES = 900

@@ -34,8 +34,9 @@ def device(
 FAST, SLOW = device("fast", 20.0), device("slow", 10.0)
 DEVICE = replace(device("g", 1.0, 64.0), memory_bandwidth=1e18, attention_efficiency=0.5)
 """One TFLOP a second, and memory that is never the limit."""
-NVLINK = Link(bandwidth=1e11, latency=1e-6)
-ETHERNET = Link(bandwidth=1e9, latency=1e-5)
+NVLINK = Link(bandwidth=1e11, latency=1e-6, kind="measured")
+ETHERNET = Link(bandwidth=1e9, latency=1e-5, kind="measured")
+"""What is stated of links in these worlds is what messages reach."""
 
 
 def cluster(
@@ -61,11 +62,11 @@ def one_node(
     devices: int, *, bandwidth: float = 1e9, latency: float = 0.0, shared: bool = False
 ) -> Cluster:
     """A node `n` with a port for each device, or with one bus."""
-    inside = Link(bandwidth=bandwidth, latency=latency, shared=shared)
+    inside = Link(bandwidth=bandwidth, latency=latency, shared=shared, kind="measured")
     return cluster(
         ("g",) * devices,
         inside=inside,
-        network=Link(bandwidth=1e9),
+        network=Link(bandwidth=1e9, kind="measured"),
         types=(DEVICE,),
         names=("n",),
     )

@@ -160,15 +160,10 @@ def test_no_process_of_a_case_is_left_whatever_its_session(
     monkeypatch.setattr(gpu, "GRACE_SECONDS", 0.2)
     pids = tmp_path / "pids"
     script = (
-        "import os, signal, subprocess, sys, time\n"
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "sleep = ['sleep', '600']\n"
-        "own = [subprocess.Popen(sleep), subprocess.Popen(sleep, start_new_session=True)]\n"
-        "with open(sys.argv[1], 'w') as file:\n"
-        "    print(os.getpid(), *(each.pid for each in own), file=file)\n"
-        "time.sleep(600)\n"
+        'trap "" TERM; sleep 600 & own=$!; setsid sleep 600 & apart=$!; '
+        'echo $$ $own $apart > "$1"; wait'
     )
-    status = gpu.run_for([sys.executable, "-c", script, str(pids)], tmp_path / "log", 3.0)
+    status = gpu.run_for(["sh", "-c", script, "sh", str(pids)], tmp_path / "log", 3.0)
     assert status is None
     started = [int(pid) for pid in pids.read_text().split()]
     assert len(started) == 3

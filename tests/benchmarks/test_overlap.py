@@ -3,6 +3,7 @@
 import pytest
 from test_resharding import load
 
+from plain_constants import PLAINLY
 from worlds import even_model, even_plan, one_node
 
 methods = load("overlap_methods")
@@ -14,7 +15,7 @@ def steps(crossing: float, micro_batches: int, stages: int = 2) -> dict[str, flo
     model = even_model(stages, seconds=1.0, cut_bytes=1000 * crossing)
     plan = even_plan(model, cluster, stages=stages, micro_batches=micro_batches)
     ways = ("free", "posted", "blocking")
-    return {way: methods.step_seconds(plan, model, cluster, way) for way in ways}
+    return {way: methods.step_seconds(plan, model, cluster, way, PLAINLY) for way in ways}
 
 
 @pytest.mark.parametrize("crossing", [1.0, 4.0])

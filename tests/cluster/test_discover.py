@@ -17,19 +17,13 @@ from meshwright.cluster.discover import (
     number_equal_names,
 )
 from meshwright.cluster.files import cluster_from
-from meshwright.cluster.hardware import (
-    Gpu,
-    MachineHardware,
-    device_type_of,
-    links_inside,
-    read_default_interface,
-    read_speed,
-    read_wiring,
-)
+from meshwright.cluster.hardware import Gpu, MachineHardware, device_type_of, links_inside
 from meshwright.cluster.host import GpuReading, GpuSource, ToolOutput
+from meshwright.cluster.networks import USUAL_NETWORK, read_default_interface, read_speed
 from meshwright.cluster.nvidia import read_gpus
 from meshwright.cluster.pci import PciCard, read_lspci
 from meshwright.cluster.spec import Link
+from meshwright.cluster.wiring import read_wiring
 from meshwright.text import forbidden_character
 
 GIB = 2**30
@@ -182,7 +176,7 @@ def test_the_network_is_that_of_the_default_route():
 def test_known_gpus_take_the_catalogue_s_figures():
     gpus = (Gpu(name="Tesla T4", memory=15 * GIB, capability=(7, 5)),) * 4
     cluster, notes = hardware_cluster(
-        MachineHardware(name="g4", gpus=gpus, wiring="PHB", network=50e9 / 8)
+        MachineHardware(name="g4", gpus=gpus, wiring="PHB", network=Link(bandwidth=50e9 / 8))
     )
     assert cluster.types == {"T4": catalog()["T4"].type}
     assert cluster.nodes[0].devices == ("T4",) * 4
@@ -283,7 +277,7 @@ def test_a_slice_of_a_known_gpu_is_not_taken_for_the_whole():
 )
 def test_every_gpu_keeps_the_memory_and_speed_of_its_own_type(gpus):
     """Whatever cards stand beside it, and whatever they are called."""
-    found = MachineHardware(name="host", gpus=tuple(gpus), wiring="PHB", network=1.25e9)
+    found = MachineHardware(name="host", gpus=tuple(gpus), wiring="PHB", network=USUAL_NETWORK)
     cluster, _ = hardware_cluster(found)
     for gpu, name in zip(gpus, cluster.nodes[0].devices, strict=True):
         assert replace(cluster.types[name], name="") == replace(device_type_of(gpu)[0], name="")

@@ -7,10 +7,12 @@ import pytest
 from meshwright.cluster.discover import discover_toml
 from meshwright.cluster.edit import edit_cluster
 from meshwright.cluster.files import cluster_from, dump_cluster
-from meshwright.cluster.hardware import Gpu, MachineHardware, read_islands, read_wiring
-from meshwright.cluster.spec import Cluster, Islands, Link
+from meshwright.cluster.hardware import Gpu, MachineHardware
+from meshwright.cluster.spec import Cluster, Islands, Link, Node, Site
 from meshwright.cluster.topology import path, topology
-from meshwright.cost.collective import all_reduce
+from meshwright.cluster.wiring import read_islands, read_mesh, read_wiring
+from meshwright.cost.collective import all_reduce, uncontended_seconds
+from meshwright.cost.reached_links import reached_links
 from meshwright.errors import ClusterError
 from meshwright.report.resources import resource_name
 
@@ -96,6 +98,8 @@ BRIDGED = topo("X NV4 SYS SYS", "NV4 X SYS SYS", "SYS SYS X NV4", "SYS SYS NV4 X
 SWITCHED = topo("X PHB PIX PHB", "PHB X PHB PXB", "PIX PHB X PHB", "PHB PXB PHB X")
 ONE_BRIDGE = topo("X NV4 PHB", "NV4 X PHB", "PHB PHB X")
 CUBE_MESH = topo("X NV1 NV1 SYS", "NV1 X SYS NV1", "NV1 SYS X NV1", "SYS NV1 NV1 X")
+SOCKETS = topo("X PHB SYS SYS", "PHB X SYS SYS", "SYS SYS X NODE", "SYS SYS NODE X")
+LINE = topo("X NV1 SYS", "NV1 X NV1", "SYS NV1 X")
 ALL_ALIKE = topo("X NV12 NV12", "NV12 X NV12", "NV12 NV12 X")
 
 
@@ -105,7 +109,9 @@ ALL_ALIKE = topo("X NV12 NV12", "NV12 X NV12", "NV12 NV12 X")
         (BRIDGED, ((0, 1), (2, 3)), "NV4"),
         (SWITCHED, ((0, 2), (1, 3)), "PXB"),
         (ONE_BRIDGE, ((0, 1),), "NV4"),
-        (CUBE_MESH, (), None),
+        (CUBE_MESH, ((0, 1), (2, 3)), "NVLink"),
+        (SOCKETS, ((0, 1), (2, 3)), "NODE"),
+        (LINE, (), None),
         (ALL_ALIKE, (), None),
         ("", (), None),
     ],
@@ -127,6 +133,62 @@ def test_a_bridged_machine_is_described_as_it_is():
     assert node.islands == Islands(
         groups=((0, 1), (2, 3)), link=Link(bandwidth=100e9, latency=8e-6)
     )
+
+
+DGX_1 = topo(
+    "X NV1 NV1 NV2 NV2 SYS SYS SYS",
+    "NV1 X NV2 NV1 SYS NV2 SYS SYS",
+    "NV1 NV2 X NV2 SYS SYS NV1 SYS",
+    "NV2 NV1 NV2 X SYS SYS SYS NV1",
+    "NV2 SYS SYS SYS X NV1 NV1 NV2",
+    "SYS NV2 SYS SYS NV1 X NV2 NV1",
+    "SYS SYS NV1 SYS NV1 NV2 X NV2",
+    "SYS SYS SYS NV1 NV2 NV1 NV2 X",
+)
+
+
+def _described(text: str, name: str, number: int, capability: tuple[int, int]) -> Node:
+    gpus = (Gpu(name=name, memory=32510 * 2**20, capability=capability),) * number
+    islands, inside = read_islands(text, number)
+    found = MachineHardware(
+        name="ws",
+        gpus=gpus,
+        wiring=read_wiring(text),
+        islands=islands,
+        island_wiring=inside,
+        mesh_lanes=read_mesh(text, number),
+    )
+    (node,) = cluster_from(tomllib.loads(discover_toml(found)), source="found").nodes
+    return node
+
+
+def test_rings_of_a_cube_mesh_pass_neighbours_and_tensor_groups_stand_on_them():
+    """Six lanes of 25 GB/s; all-reduces of eight reach 120 to 130 GB/s."""
+    assert read_mesh(DGX_1, 8) == 6
+    node = _described(DGX_1, "Tesla V100-SXM2-32GB", 8, (7, 0))
+    assert node.inside == Link(bandwidth=150e9, latency=8e-6)
+    assert node.islands
+    assert node.islands.groups == ((0, 1, 2, 3), (4, 5, 6, 7))
+    where = reached_links(
+        Cluster(name="c", types={}, nodes=(node,), sites=(Site(name="main"),)), None
+    )
+    links = topology(where)
+    ring = uncontended_seconds(links, all_reduce(links, [*links.devices], 2**28))
+    assert 120e9 < 2 * 7 / 8 * 2**28 / ring < 135e9
+
+
+def test_no_ring_no_mesh():
+    for text in (BRIDGED, ALL_ALIKE, LINE, ONE_BRIDGE, ""):
+        assert read_mesh(text, text.count("GPU") // 2) is None
+    assert read_mesh(DGX_1, 4) is None
+
+
+def test_devices_of_a_socket_reach_each_other_without_the_other_one():
+    node = _described(SOCKETS, "NVIDIA A10G", 4, (8, 6))
+    assert node.inside.shared
+    assert node.islands
+    assert node.islands.groups == ((0, 1), (2, 3))
+    assert node.islands.link == Link(bandwidth=12e9, latency=10e-6, kind="pcie")
 
 
 def test_islands_of_cards_that_are_not_taken_are_not_told():

@@ -14,6 +14,7 @@ from meshwright.cluster.discover import discover_toml, hardware_cluster
 from meshwright.cluster.files import cluster_from, dump_cluster, load_cluster
 from meshwright.cluster.hardware import Gpu, MachineHardware
 from meshwright.cluster.merge import merged, merged_toml
+from meshwright.cluster.networks import USUAL_NETWORK
 from meshwright.cluster.spec import Cluster
 from meshwright.errors import ClusterError
 
@@ -44,7 +45,7 @@ latency = "5 us"
 
 def host(name: str, *cards: tuple[str, int]) -> MachineHardware:
     gpus = tuple(Gpu(name=card, memory=gib * GIB) for card, gib in cards)
-    return MachineHardware(name=name, gpus=gpus, cores=4, memory=64 * GIB, network=1.25e9)
+    return MachineHardware(name=name, gpus=gpus, cores=4, memory=64 * GIB, network=USUAL_NETWORK)
 
 
 def written(folder: Path, name: str, text: str) -> Path:

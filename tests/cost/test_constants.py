@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from meshwright.cluster.catalog import catalog
-from meshwright.cluster.spec import Link
+from meshwright.cluster.spec import Cluster, Link
 from meshwright.cluster.topology import topology
 from meshwright.cost.collective import all_reduce, boundary_transfer, uncontended_seconds
 from meshwright.cost.compute import (
@@ -17,6 +17,7 @@ from meshwright.cost.compute import (
     optimizer_seconds,
 )
 from meshwright.cost.constants import (
+    ADDED,
     CONSTANTS,
     DEFAULT_DEVICE,
     DEVICE_NAMES,
@@ -27,8 +28,9 @@ from meshwright.cost.constants import (
     device_constants,
     implausible,
 )
-from meshwright.cost.links import overhead_seconds, reached_links, ring_step_seconds
+from meshwright.cost.links import overhead_seconds, ring_step_seconds
 from meshwright.cost.profile import LinkTimes, Profile
+from meshwright.cost.reached_links import reached_links
 from meshwright.model.config import NAMED
 from meshwright.model.transformer.counted_graph import counted_graph
 from meshwright.search.candidate import candidate_of
@@ -36,6 +38,7 @@ from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.costs import costs_of
 from meshwright.simulate.simulator import simulate_plan
 from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
+from plain_constants import PLAIN, PLAIN_DEVICE, PLAIN_SYSTEM, PLAINLY
 from worlds import even_model, even_plan, one_node
 
 
@@ -78,17 +81,38 @@ def test_implausible_constants_are_named_with_their_range() -> None:
     fields = [problem.field for problem in implausible(wrong, "file")]
     assert fields == ["devices.T4.matmul_efficiency", "system.step"]
     assert not list(implausible(Calibration(devices={"T4": DEFAULT_DEVICE}), "file"))
+    others = replace(DEFAULT_DEVICE, launch_backward=1.0)
+    (problem,) = implausible(Calibration(others=others), "file")
+    assert problem.field == "others.launch_backward"
+
+
+def test_an_added_time_may_be_left_out_whatever_its_default() -> None:
+    assert not list(implausible(PLAIN, "file"))
+    nothing = dict.fromkeys(ADDED & {*SYSTEM_NAMES}, 0.0)
+    assert not list(implausible(Calibration(system=SystemConstants(**nothing)), "file"))
+    floor = Calibration(others=replace(DEFAULT_DEVICE, launch_forward=0.0))
+    (problem,) = implausible(floor, "file")
+    assert problem.field == "others.launch_forward"
+
+
+def _stated(cluster: Cluster) -> Cluster:
+    """The cluster with links whose kind is not told."""
+    nodes = tuple(
+        replace(n, inside=replace(n.inside, kind=None), network=replace(n.network, kind=None))
+        for n in cluster.nodes
+    )
+    return replace(cluster, nodes=nodes)
 
 
 def test_links_reach_their_share_and_measured_ones_stay_as_measured() -> None:
-    cluster = one_node(2, bandwidth=8e9)
+    cluster = _stated(one_node(2, bandwidth=8e9))
     half = Calibration(system=SystemConstants(inside_efficiency=0.5, network_efficiency=0.25))
     slower = reached_links(cluster, under(half))
     assert slower.nodes[0].inside.bandwidth == 4e9
     assert slower.nodes[0].network.bandwidth == 0.25e9
     measured = replace(under(half), links=LinkTimes(inside=Link(bandwidth=7e9)))
     assert reached_links(cluster, measured).nodes[0].inside.bandwidth == 7e9
-    assert reached_links(cluster, None) is cluster
+    assert reached_links(one_node(2), None) == one_node(2)
 
 
 def test_ring_steps_and_the_fixed_cost_of_a_step_are_measured_else_fitted() -> None:
@@ -110,8 +134,9 @@ def test_16_bit_gradients_after_the_backward_are_reduced_in_half_the_time_but_ex
     """1 MB at 1 GB/s: 1 ms in fp32. Two layers of 2 ms backward, one bucket for both."""
     model, cluster = even_model(2, parameters=125_000), one_node(2)
     plan = even_plan(model, cluster, data=2)
-    plain = simulate_plan(plan, model, cluster)
-    half = Calibration(system=SystemConstants(gradient_width=0.5, reduction_delay=1.0))
+    plain = simulate_plan(plan, model, cluster, PLAINLY)
+    system = replace(PLAIN_SYSTEM, gradient_width=0.5, reduction_delay=1.0)
+    half = Calibration(others=PLAIN_DEVICE, system=system)
     late = simulate_plan(plan, model, cluster, under(half))
     for timeline, size in ((plain, 1e-3), (late, 0.5e-3)):
         (began, ended), *_ = [

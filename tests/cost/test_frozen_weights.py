@@ -39,6 +39,7 @@ from meshwright.search.planner import find_plan
 from meshwright.simulate.simulator import simulate_plan
 from meshwright.techniques.backward_split.price import backward_shares
 from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
+from plain_constants import PLAINLY
 from soaks import portion
 from strategies import models_and_plans
 from worlds import DEVICE, chain, even_model, even_plan, freeze, one_node
@@ -198,9 +199,9 @@ def test_a_frozen_weight_moves_less_than_a_trained_one(precision: str) -> None:
 
 def test_frozen_layers_have_no_second_half_of_a_backward_and_idle_ones_no_backward() -> None:
     model = freeze(even_model(3, parameters=10), (0, 2))
-    seconds = layer_seconds(model, DEVICE, 1, 1)
+    seconds = layer_seconds(model, DEVICE, 1, 1, PLAINLY)
     assert seconds.backward.tolist() == pytest.approx([0.0, 2e-3, 1e-3])
-    shares = backward_shares(model, DEVICE, 1, 1)
+    shares = backward_shares(model, DEVICE, 1, 1, PLAINLY)
     assert shares[1].tolist() == pytest.approx([1.11 / 2, 1.11 / 2])
     assert shares[2].tolist() == [1.0, 0.0]
 

@@ -136,6 +136,19 @@ def test_a_burst_does_not_pass_for_bandwidth() -> None:
     assert pair_times(("a:0", "b:0"), points, None).bandwidth == pytest.approx(rate)
 
 
+def test_a_pair_that_gets_less_alone_than_two_together_shows_a_limit_of_single_flows() -> None:
+    """One message 2.4 GB/s; two at the same time 4.8, as long as one alone."""
+    true = _cluster({"a": "48 Gbit/s", "b": "48 Gbit/s"})
+    (pair,) = (p for p in _measured(true).pairs if {x[0] for x in p.between} == {"a", "b"})
+    alone = [MessageTime(bytes=p.bytes, seconds=5e-5 + p.bytes / 2.4e9) for p in pair.points]
+    for seconds, limit in ((alone[-1].seconds, 2.4e9), (2 * alone[-1].seconds, None)):
+        crowded = MessageTime(bytes=alone[-1].bytes, seconds=seconds)
+        seen = LinkReport(pairs=(pair_times(pair.between, alone, crowded),))
+        network = fitted_cluster(true, seen).nodes[0].network
+        assert network.single_flow == (pytest.approx(limit) if limit else None)
+        assert network.bandwidth == pytest.approx(4.8e9 if limit else 2.4e9, rel=0.05)
+
+
 def test_two_pairs_that_share_a_link_take_the_time_of_twice_the_bytes() -> None:
     points = [MessageTime(bytes=s, seconds=s / 1e8) for s in SIZES]
     found = pair_times(("a:0", "b:0"), points, MessageTime(bytes=2**20, seconds=2 * 2**20 / 1e8))

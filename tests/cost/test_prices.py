@@ -17,6 +17,7 @@ from meshwright.model.spec import Tied
 from meshwright.program.compile import compile_plan
 from meshwright.program.operations import Op
 from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
+from plain_constants import PLAINLY, plain
 from worlds import chain, divided, even_model, even_plan, one_node
 
 
@@ -24,7 +25,7 @@ def test_forward_and_backward_are_the_sum_of_their_layers() -> None:
     model, cluster = even_model(6), one_node(2)
     plan = even_plan(model, cluster, stages=2)
     program = compile_plan(plan, model)
-    prices = price_program(program, plan, model, cluster)
+    prices = price_program(program, plan, model, cluster, PLAINLY)
     seconds = {i.op: p.seconds for i, p in zip(program.ranks[0], prices.ranks[0], strict=True)}
     assert seconds[Op.FORWARD] == pytest.approx(3e-3)
     assert seconds[Op.BACKWARD] == pytest.approx(6e-3)
@@ -52,7 +53,7 @@ def test_a_stage_that_recomputes_repeats_its_forward_in_the_backward() -> None:
     again = tuple(replace(stage, recompute=True) for stage in pipeline.stages)
     plan = replace(plan, pipelines=(replace(pipeline, stages=again),))
     program = compile_plan(plan, model)
-    prices = price_program(program, plan, model, cluster)
+    prices = price_program(program, plan, model, cluster, PLAINLY)
     backwards = [
         next(p.seconds for i, p in zip(*rank, strict=True) if i.op is Op.BACKWARD)
         for rank in zip(program.ranks, prices.ranks, strict=True)
@@ -73,7 +74,7 @@ def test_tensor_parallel_all_reduces_are_inside_the_compute() -> None:
     model = replace(model, layers=(layer,))
     plan = even_plan(model, cluster, tensor=2)
     program = compile_plan(plan, model)
-    for rank in price_program(program, plan, model, cluster).ranks:
+    for rank in price_program(program, plan, model, cluster, PLAINLY).ranks:
         assert rank[0].seconds == pytest.approx(0.5e-3 + 2e-3)
         assert rank[1].seconds == pytest.approx(1e-3 + 1e-3)
 
@@ -84,7 +85,7 @@ def test_the_slower_device_sets_the_pace_of_its_tensor_group() -> None:
     node = replace(cluster.nodes[0], devices=("g", "slow"))
     cluster = replace(cluster, types={**cluster.types, "slow": slow}, nodes=(node,))
     plan = even_plan(model, cluster, tensor=2)
-    prices = price_program(compile_plan(plan, model), plan, model, cluster)
+    prices = price_program(compile_plan(plan, model), plan, model, cluster, PLAINLY)
     assert [rank[0].seconds for rank in prices.ranks] == pytest.approx([4e-3, 4e-3])
 
 
@@ -93,7 +94,7 @@ def test_each_bucket_is_complete_when_the_backward_reaches_its_first_layer() -> 
     model = replace(model, tied=(Tied(name="w", layers=(1, 2), parameters=10),))
     plan = even_plan(model, cluster, data=2)
     program = compile_plan(plan, model, bucket_bytes=1)
-    ranks = price_program(program, plan, model, cluster).ranks
+    ranks = price_program(program, plan, model, cluster, PLAINLY).ranks
     backward = next(k for k, i in enumerate(program.ranks[0]) if i.op is Op.BACKWARD)
     offsets = {
         program.ranks[0][index].tied or program.ranks[0][index].layers: offset
@@ -134,9 +135,7 @@ def test_measured_links_and_step_overhead_replace_the_cluster_file() -> None:
     model, cluster = even_model(2, cut_bytes=1e6), one_node(2, bandwidth=1e9)
     plan = even_plan(model, cluster, stages=2)
     program = compile_plan(plan, model)
-    profile = Profile(
-        model="even",
-        sequence=1,
+    profile = plain(
         links=LinkTimes(inside=Link(bandwidth=1e8, latency=1e-4), all_reduce_latency=5e-4),
         step_overhead_seconds=0.25,
     )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import worlds
 from meshwright.cluster.topology import topology
 from meshwright.cost.compute import layer_seconds
-from meshwright.cost.constants import Calibration, SystemConstants
+from meshwright.cost.constants import Calibration
 from meshwright.cost.profile import Profile
 from meshwright.cost.sharded import (
     ShardedStep,
@@ -24,14 +24,15 @@ from meshwright.cost.sharded import (
 from meshwright.model.spec import Tied
 from meshwright.model.unfused import MOVED, SAVED, with_unfused_attention
 from meshwright.techniques.activation_checkpointing.model import with_recomputation as recomputed
+from plain_constants import PLAIN_DEVICE, PLAIN_SYSTEM, PLAINLY, plain
 from worlds import DEVICE, divided, even_model, one_node
 
 STEP = ShardedStep(rows=1, micro_batches=2, optimizer="sgd")
 
 
 def exposed(share: float, width: float = 1.0) -> Profile:
-    system = SystemConstants(shard_exposure=share, gradient_width=width)
-    return Profile(model="even", sequence=1, calibration=Calibration(system=system))
+    system = replace(PLAIN_SYSTEM, shard_exposure=share, gradient_width=width)
+    return plain(calibration=Calibration(others=PLAIN_DEVICE, system=system))
 
 
 def test_gathers_and_scatters_move_every_byte_but_ones_own() -> None:
@@ -61,7 +62,9 @@ def test_a_step_hides_what_it_can() -> None:
 
 def test_alone_a_device_only_computes() -> None:
     model = even_model(3, parameters=10**6)
-    assert sharded_step_seconds(model, one_node(1), STEP) == pytest.approx(2 * 9e-3, rel=1e-3)
+    assert sharded_step_seconds(model, one_node(1), STEP, PLAINLY) == pytest.approx(
+        2 * 9e-3, rel=1e-3
+    )
 
 
 def test_each_device_computes_whole_layers() -> None:
@@ -109,3 +112,11 @@ def test_unfused_attention_keeps_and_moves_its_scores() -> None:
     assert found.layers[0].saved_bytes == attends.saved_bytes + SAVED * scores
     assert found.layers[0].along("tensor").saved_bytes == 500.0 + SAVED * scores
     assert found.layers[1] == model.layers[1]
+
+
+def test_scores_are_divided_like_the_heads_of_a_layer_that_keeps_its_input_alone() -> None:
+    whole = divided(replace(even_model(2).layers[0], attention_flops=1e6), units=8, flops=1e6)
+    model = replace(even_model(2), sequence=8, layers=(whole, whole))
+    again = with_unfused_attention(recomputed(model), heads=8).layers[0]
+    assert again.along("tensor").saved_bytes == SAVED * 8 * 8**2 * 4
+    assert again.along("tensor").traffic_bytes == MOVED * 8 * 8**2 * 4

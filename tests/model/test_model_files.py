@@ -75,6 +75,7 @@ def test_a_hand_written_model_is_read_as_it_is_written(tmp_path):
         units=8,
         parameters=1000,
         flops=1.005e12,
+        traffic_bytes=200.0,
         saved_bytes=100.0,
         forward_all_reduce_bytes=(100.0,),
         backward_all_reduce_bytes=(2.0 * 2**20,),

@@ -6,6 +6,7 @@ import pytest
 
 from meshwright.plan.spec import ScheduleName
 from meshwright.simulate.simulator import simulate_plan
+from plain_constants import PLAINLY
 from worlds import even_model, even_plan, one_node
 
 
@@ -16,7 +17,8 @@ def further(schedule: ScheduleName, crossing: float, stages: int) -> float:
 
     def step(micro_batches: int) -> float:
         plan = even_plan(model, cluster, stages=stages, micro_batches=micro_batches)
-        return simulate_plan(replace(plan, schedule=schedule), model, cluster).step_seconds
+        plan = replace(plan, schedule=schedule)
+        return simulate_plan(plan, model, cluster, PLAINLY).step_seconds
 
     return (step(40) - step(16)) / 24
 

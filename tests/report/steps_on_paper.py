@@ -28,8 +28,8 @@ def cluster() -> Cluster:
     made = worlds.cluster(
         ("fast",),
         ("slow", "slow"),
-        inside=Link(bandwidth=2e10, latency=1e-5),
-        network=Link(bandwidth=1.25e9, latency=5e-5),
+        inside=Link(bandwidth=2e10, latency=1e-5, kind="measured"),
+        network=Link(bandwidth=1.25e9, latency=5e-5, kind="measured"),
         types=(fast, replace(fast, name="slow", memory=8 * GIB)),
     )
     return replace(made, name="pair")

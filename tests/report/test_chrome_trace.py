@@ -15,6 +15,7 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Plan
 from meshwright.report.chrome_trace import chrome_trace, save_chrome_trace
 from meshwright.simulate.simulator import simulate_plan
+from plain_constants import PLAINLY
 from strategies import models_and_plans
 from worlds import even_model, even_plan, one_node
 
@@ -69,7 +70,7 @@ def test_overlapping_transfers_go_to_numbered_tracks() -> None:
 
 def test_times_are_microseconds_and_the_file_is_json(tmp_path: Path) -> None:
     model, cluster = even_model(1), one_node(1)
-    timeline = simulate_plan(even_plan(model, cluster), model, cluster)
+    timeline = simulate_plan(even_plan(model, cluster), model, cluster, PLAINLY)
     save_chrome_trace(timeline, tmp_path / "step.json")
     document = json.loads((tmp_path / "step.json").read_text())
     forward = next(e for e in document["traceEvents"] if e["name"] == "0F0")
@@ -80,7 +81,7 @@ def test_times_are_microseconds_and_the_file_is_json(tmp_path: Path) -> None:
 
 def test_every_stream_has_its_tracks_and_times_are_whole_nanoseconds() -> None:
     model, cluster = even_model(2, seconds=1e-3 / 3, cut_bytes=1e6), one_node(2)
-    timeline = simulate_plan(even_plan(model, cluster, stages=2), model, cluster)
+    timeline = simulate_plan(even_plan(model, cluster, stages=2), model, cluster, PLAINLY)
     events = chrome_trace(timeline)["traceEvents"]
     tracks = {e["args"]["name"]: e["tid"] for e in events if e["name"] == "thread_name"}
     assert len(set(tracks.values())) == len(tracks) > 2

@@ -12,6 +12,7 @@ from meshwright.cost.priced_plan import PricedPlan
 from meshwright.plan.spec import Plan
 from meshwright.report.comparison import print_comparison, write_comparison
 from meshwright.simulate.plan_figures import SimulatedPlan, compare_plans, simulate_figures
+from plain_constants import PLAINLY
 from worlds import even_model, even_plan, one_node
 
 MODEL, CLUSTER = even_model(4, cut_bytes=1e6), one_node(2)
@@ -20,7 +21,7 @@ TWO = replace(even_plan(MODEL, CLUSTER, stages=2, micro_batches=8), job=ALONE.jo
 
 
 def simulated(name: str, plan: Plan) -> SimulatedPlan:
-    return simulate_figures(name, PricedPlan(plan, MODEL, CLUSTER))
+    return simulate_figures(name, PricedPlan(plan, MODEL, CLUSTER, PLAINLY))
 
 
 def printed(first: Plan, second: Plan, capsys: pytest.CaptureFixture[str]) -> str:

@@ -15,12 +15,13 @@ from meshwright.search.baselines import (
 )
 from meshwright.search.candidate import excess_bytes
 from meshwright.search.costs import costs_of, group_times
+from plain_constants import PLAINLY
 from worlds import cluster, device, job, model
 
 
 def setting(gflops, *nodes, batch=8, **options):
     where = cluster(*nodes)
-    return costs_of(model(gflops, **options), where, job(batch))
+    return costs_of(model(gflops, **options), where, job(batch), PLAINLY)
 
 
 def widths(pipeline):

@@ -9,6 +9,9 @@ from meshwright.cost.priced_plan import PricedPlan
 from meshwright.plan.spec import Pipeline, Plan, Stage
 from meshwright.plan.validate import validate_plan
 from meshwright.report.resources import resource_name
+from meshwright.search.bounds import pipeline_bound
+from meshwright.search.candidate import candidate_of, plan_of
+from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.costs import costs_of
 from meshwright.search.finishing import finish
 from meshwright.search.incumbent import Incumbent, simulate_and_record
@@ -19,7 +22,7 @@ from meshwright.simulate.symmetry import find_symmetry, simulate_by_symmetry
 from meshwright.simulate.traffic import link_loads
 from worlds import NVLINK, cluster, device, job, model, plan_by_hand
 
-SLOW = Link(bandwidth=1e7, latency=1e-5)
+SLOW = Link(bandwidth=1e7, latency=1e-5, kind="measured")
 
 
 def world(*stages: Stage, rows: int = 4):
@@ -135,3 +138,36 @@ def test_kinds_take_the_time_of_their_bytes(kind):
 
     assert sent(one) == pytest.approx(4 * 0.04, rel=0.01)
     assert sent(with_boundaries(one, [(0, 1)], kind)) == pytest.approx(0.04, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("a0",), ("b0 b1 b2 b3",)),
+        (("a0 a1",), ("b0 b1",)),
+        (("a0 a1 a2 a3",), ("b0 b1", "b2 b3")),
+        (("a0 a1", "a2 a3"), ("b0 b1 b2 b3",)),
+    ],
+)
+def test_the_closed_form_scatters_over_a_slow_network(before, after):
+    """Two stages of which each works on one micro-batch: nothing overlaps, so that it is exact."""
+    graph, where, plan = world(stage((0, 2), *before), stage((2, 4), *after))
+    pipelines = (replace(candidate_of(plan.pipelines[0]), micro_batches=1),)
+    seconds, steps = {}, {}
+    for scatters in (False, True):
+        costs = costs_of(graph, where, job(4), scatters=scatters)
+        written = plan_of(costs, pipelines, "1f1b")
+        assert written.pipelines[0].stages[1].boundary == ("scatter_gather" if scatters else None)
+        seconds[scatters] = candidate_seconds(costs, pipelines, "1f1b")
+        steps[scatters] = simulate_plan(written, graph, where).step_seconds
+    assert steps[True] < 0.8 * steps[False]
+    assert seconds[True] == pytest.approx(steps[True], rel=0.02)
+    assert seconds[True] / seconds[False] == pytest.approx(steps[True] / steps[False], rel=0.02)
+
+
+def test_the_bound_of_scattered_cuts_holds():
+    graph, where, plan = world(stage((0, 2), "a0 a1"), stage((2, 4), "b0 b1 b2 b3"))
+    costs = costs_of(graph, where, plan.job, scatters=True)
+    pipeline = candidate_of(plan.pipelines[0])
+    step = simulate_plan(plan_of(costs, (pipeline,), "1f1b"), graph, where).step_seconds
+    assert pipeline_bound(costs, pipeline, "1f1b") <= step

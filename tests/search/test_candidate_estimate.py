@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.cluster.spec import Link
-from meshwright.search.candidate import CandidatePipeline, StageDevices, plan_of
+from meshwright.search.candidate import CandidatePipeline, plan_of
 from meshwright.search.candidate_estimate import (
     DELAYED,
     UNDELAYED,
@@ -21,7 +21,9 @@ from meshwright.search.options.other_schedules import in_listed_order
 from meshwright.search.pipeline_seconds import last_backwards
 from meshwright.search.quick_clock import pipeline_works
 from meshwright.search.reduction_estimate import reduced
+from meshwright.search.stage_devices import StageDevices
 from meshwright.simulate.simulator import simulate_plan
+from plain_constants import PLAINLY
 from soaks import portion
 from strategies import small_worlds
 from worlds import NVLINK, cluster, freeze, job, model
@@ -35,7 +37,7 @@ MOST = 1 + 1e-9
 
 def simulated(costs, lines, schedule):
     plan = plan_of(costs, lines, schedule)
-    return simulate_plan(plan, costs.model, costs.cluster).step_seconds
+    return simulate_plan(plan, costs.model, costs.cluster, costs.profile).step_seconds
 
 
 def share_of_simulated(costs, lines, schedule):
@@ -64,7 +66,7 @@ SCHEDULES = st.sampled_from(sorted(LEAST))
 def test_it_is_near_and_never_above_where_every_link_has_one_user(
     kinds, layers, count, schedule, bandwidth
 ):
-    network = Link(bandwidth=bandwidth, latency=1e-5)
+    network = Link(bandwidth=bandwidth, latency=1e-5, kind="measured")
     where = cluster(*((kind,) for kind in kinds), network=network)
     costs = costs_of(model(layers), where, job(2 * count))
     pipeline = chain_of(costs, 2, count, schedule)
@@ -75,7 +77,7 @@ def test_it_is_near_and_never_above_where_every_link_has_one_user(
 @given(LAYERS, COUNTS, SCHEDULES, BANDWIDTHS, st.data())
 def test_it_is_near_where_nobody_waits_for_a_gradient(layers, count, schedule, bandwidth, data):
     """The first so many layers are frozen, or some in between; the last one is trained."""
-    network = Link(bandwidth=bandwidth, latency=1e-5)
+    network = Link(bandwidth=bandwidth, latency=1e-5, kind="measured")
     frozen = data.draw(st.sets(st.integers(0, len(layers) - 2))) | {0}
     graph = freeze(model(layers), frozen)
     costs = costs_of(graph, cluster(("fast",), ("slow",), network=network), job(2 * count))
@@ -107,7 +109,7 @@ def test_the_best_order_is_near_one_that_is_made_for_the_pipeline(layers, count,
     """As the simulator plays it. The sums put all backwards of a pipeline in two parts, the last
     ones or none; a made order may choose stage by stage, and two parts cost up to 11 % more than
     one here. It may also keep the few messages of a short step from meeting on a busy link."""
-    network = Link(bandwidth=bandwidth, latency=1e-5)
+    network = Link(bandwidth=bandwidth, latency=1e-5, kind="measured")
     where = cluster(("fast",), ("slow",), ("fast",), network=network)
     costs = costs_of(model(layers), where, job(2 * count))
     pipeline = chain_of(costs, 2, count, "1f1b")
@@ -158,9 +160,10 @@ def spans_of(costs, pipelines, order):
 
 def two_replicas(parameters, frozen=(), bandwidth=1e9):
     """One stage on two nodes, which sum its gradients."""
-    network = Link(bandwidth=bandwidth, latency=0.0)
+    network = Link(bandwidth=bandwidth, latency=0.0, kind="measured")
     graph = freeze(model([10.0, 10.0, 10.0], parameters=parameters), frozen)
-    costs = costs_of(graph, cluster(("fast",), ("fast",), network=network), job(4))
+    where = cluster(("fast",), ("fast",), network=network)
+    costs = costs_of(graph, where, job(4), PLAINLY)
     stage = StageDevices((("a:0",), ("b:0",)), (1, 1))
     return costs, CandidatePipeline((stage,), (0, 3), 2)
 
@@ -205,7 +208,7 @@ def test_pipelines_sum_the_gradients_of_the_layers_that_they_share():
 
 
 def test_a_mixed_stage_goes_at_its_slowest_replicas_pace():
-    costs = costs_of(model([100.0] * 4), cluster(("fast", "slow")), job(8))
+    costs = costs_of(model([100.0] * 4), cluster(("fast", "slow")), job(8), PLAINLY)
     mixed = StageDevices((("a:0",), ("a:1",)), (1, 1))
     prices = pipeline_prices(costs, CandidatePipeline((mixed,), (0, 4), 4))
     assert prices.forward[0] == pytest.approx(4 * 100e9 / 10e12)

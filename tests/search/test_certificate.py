@@ -44,6 +44,7 @@ from meshwright.search.costs import costs_of
 from meshwright.search.planner import find_plan
 from meshwright.stopping import Stopped, stoppable
 from meshwright.techniques.backward_split.price import SPLIT_COST
+from plain_constants import PLAINLY, plain
 from soaks import portion
 from worlds import FAST, SLOW, cluster, job, model
 
@@ -127,7 +128,8 @@ def test_no_tensor_group_in_a_node_meets_quicker_than_the_least(where, data):
 
 def test_a_ring_over_sites_waits_for_the_slower_of_the_two_quickest_uplinks():
     """Two devices on one bus, four at a site, and six at sites whose uplinks take 1, 2 and 3 ms."""
-    bus, network = Link(bandwidth=1e10, latency=1e-6), Link(bandwidth=1e9, latency=1e-4)
+    bus = Link(bandwidth=1e10, latency=1e-6, kind="measured")
+    network = Link(bandwidth=1e9, latency=1e-4, kind="measured")
     uplinks = {"near": 1e-3, "far": 2e-3, "farther": 3e-3}
     nodes = tuple(
         Node(name=name, site=site, devices=("fast",) * 2, inside=bus, network=network)
@@ -138,7 +140,7 @@ def test_a_ring_over_sites_waits_for_the_slower_of_the_two_quickest_uplinks():
         types={"fast": FAST},
         nodes=nodes,
         sites=tuple(
-            Site(name=name, uplink=Link(bandwidth=1e9, latency=seconds))
+            Site(name=name, uplink=Link(bandwidth=1e9, latency=seconds, kind="measured"))
             for name, seconds in uplinks.items()
         ),
     )
@@ -182,7 +184,7 @@ def test_a_layer_that_no_device_holds_alone_is_bounded_by_those_that_hold_it_tog
     """Weights and gradients alone, half of the bytes with Adam, are a quarter more than it has."""
     parameters = int(2.5 * usable_bytes(FAST) / 16)
     graph, todo = model([10.0] * 2, parameters=parameters), job(8)
-    bound = certificate(costs_of(graph, cluster(("fast",) * 4, types=(FAST,)), todo))
+    bound = certificate(costs_of(graph, cluster(("fast",) * 4, types=(FAST,)), todo, PLAINLY))
     assert bound.seconds == pytest.approx(8 * 2 * 30e9 / (4 * 20e12), rel=0.05)
     single = certificate(costs_of(graph, cluster(("fast",), types=(FAST,)), todo))
     assert single.seconds == float("inf")
@@ -210,10 +212,10 @@ def test_a_layer_takes_one_node_its_whole_work_and_several_the_sum_of_its_gradie
     all four take 37.5 ms, and 60 ms for the sum, which is less than two or three take."""
     graph, todo = model([10.0], parameters=HEAVY), job(rows)
     where = cluster(*[("fast",)] * 4, types=(FAST,))
-    bound = certificate(costs_of(graph, where, todo))
+    bound = certificate(costs_of(graph, where, todo, PLAINLY))
     assert bound.reason == SUMS
     assert bound.seconds == pytest.approx(seconds, rel=0.01)
-    assert bound.seconds <= find_plan(graph, where, todo).prediction.step_seconds
+    assert bound.seconds <= find_plan(graph, where, todo, PLAINLY).prediction.step_seconds
 
 
 def test_a_shared_parameter_is_summed_after_all_but_gradients_of_weights():
@@ -298,8 +300,8 @@ def test_the_gradients_of_weights_are_no_link_of_the_chain():
     quick = Link(bandwidth=1e12, latency=0.0)
     where = cluster(*[("fast",)] * 6, network=quick, types=(FAST, SLOW))
     graph, todo = model([10.0] * 6, parameters=1000, units=0), job(2)
-    step = find_plan(graph, where, todo).prediction.step_seconds
-    bound = certificate(costs_of(graph, where, todo))
+    step = find_plan(graph, where, todo, PLAINLY).prediction.step_seconds
+    bound = certificate(costs_of(graph, where, todo, PLAINLY))
     each = 10e9 / 20e12  # a forward of a row; its backward takes twice that, half of it for weights
     assert bound.reason == CHAIN
     assert bound.seconds == pytest.approx(each * (6 + 5 * SPLIT_COST + 2), rel=1e-6)
@@ -323,11 +325,9 @@ def test_a_backward_that_was_measured_quicker_in_two_parts_counts_as_that():
         )
         for rows in (1, 2, 4, 8)
     )
-    profile = Profile(model="chain", sequence=16, layers=layers)
+    profile = plain(layers=layers)
     bound = certificate(costs_of(graph, where, todo, profile)).seconds
-    parts = Profile(
-        model="chain",
-        sequence=16,
+    parts = plain(
         layers=tuple(
             LayerTime(
                 device=each.device,

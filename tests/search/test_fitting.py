@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from meshwright.search.costs import costs_of, pace
 from meshwright.search.layer_partition import apportion
+from plain_constants import PLAINLY
 from worlds import cluster, device, job, model
 
 SPEEDS = {"fast": 35.0, "slow": 10.0, "slower": 4.0}
@@ -35,6 +36,6 @@ def test_the_slowest_replica_is_done_as_soon_as_can_be(kinds: list[str], more: i
 
 def test_the_pace_of_a_device_is_the_work_of_a_row_over_its_speed() -> None:
     """15 GFLOP forward and twice that backward, at 35 TFLOP/s."""
-    costs = costs_of(model([10.0, 5.0]), cluster(("fast",), types=TYPES), job(4))
+    costs = costs_of(model([10.0, 5.0]), cluster(("fast",), types=TYPES), job(4), PLAINLY)
     for rows in (1, 4):
         assert pace(costs, ("a:0",), rows) == pytest.approx(45e9 / 35e12, rel=1e-3)

@@ -13,7 +13,7 @@ from meshwright.search.space import by_island, tensor_groups
 from meshwright.simulate.symmetry import simulate_by_symmetry
 from worlds import cluster, even_model, job
 
-BRIDGE = Link(bandwidth=56.25e9, latency=8e-6)
+BRIDGE = Link(bandwidth=56.25e9, latency=8e-6, kind="measured")
 
 
 def with_islands(where: Cluster, *groups: tuple[int, ...]) -> Cluster:

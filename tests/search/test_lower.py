@@ -8,8 +8,10 @@ import pytest
 
 from meshwright.cluster.spec import Link
 from meshwright.search.bounds import pipeline_bound
-from meshwright.search.candidate import CandidatePipeline, StageDevices
+from meshwright.search.candidate import CandidatePipeline
 from meshwright.search.costs import costs_of
+from meshwright.search.stage_devices import StageDevices
+from plain_constants import PLAINLY
 from worlds import FAST, cluster, job, model
 
 FORWARD = 10e9 / 20e12
@@ -18,8 +20,10 @@ FORWARD = 10e9 / 20e12
 
 def bound(schedule: str, latency: float, micro_batches: int) -> float:
     """Of a layer on each of two nodes, between which a row takes 0.1 ms and the latency."""
-    where = cluster(("fast",), ("fast",), network=Link(bandwidth=1e9, latency=latency))
-    costs = costs_of(model([10.0, 10.0], parameters=1000), where, job(micro_batches))
+    where = cluster(
+        ("fast",), ("fast",), network=Link(bandwidth=1e9, latency=latency, kind="measured")
+    )
+    costs = costs_of(model([10.0, 10.0], parameters=1000), where, job(micro_batches), PLAINLY)
     line = CandidatePipeline(
         (StageDevices((("a:0",),), (1,)), StageDevices((("b:0",),), (1,))), (0, 1, 2), micro_batches
     )
@@ -52,7 +56,9 @@ def test_who_holds_a_shared_table_whole_passes_all_of_it() -> None:
     around a ring of two go as many bytes as there are, at 1 GB/s."""
     graph = model([10.0, 10.0], parameters=0, tied=True)
     graph = replace(graph, tied=(replace(graph.tied[0], divided=("tensor",)),))
-    where = cluster(("fast",), ("fast", "fast"), network=Link(bandwidth=1e9, latency=0.0))
+    where = cluster(
+        ("fast",), ("fast", "fast"), network=Link(bandwidth=1e9, latency=0.0, kind="measured")
+    )
     stages = (StageDevices((("a:0",),), (1,)), StageDevices((("b:0", "b:1"),), (1,)))
     costs = costs_of(graph, where, job(1))
     alone = costs_of(replace(graph, tied=()), where, job(1))

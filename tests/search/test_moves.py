@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.search import neighbourhood
-from meshwright.search.candidate import CandidatePipeline, StageDevices
+from meshwright.search.candidate import CandidatePipeline
 from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.costs import costs_of
 from meshwright.search.hill_climb import MOVES
 from meshwright.search.layer_partition import fit_pipeline
+from meshwright.search.stage_devices import StageDevices
 from soaks import portion
 from worlds import cluster, job, model
 

@@ -51,7 +51,8 @@ name = "plain"
 name = "n"
 count = 2
 devices = ["2 x A100-40"]
-network = { bandwidth = "100 Gbit/s", latency = "50 us" }
+inside = { bandwidth = "300 GB/s", latency = "8 us", kind = "measured" }
+network = { bandwidth = "100 Gbit/s", latency = "50 us", kind = "measured" }
 """
 """Stages of several devices that are divided into virtual ones, with broadcasts between them."""
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from meshwright.cluster.spec import Link, devices_of
 from meshwright.program.schedules import in_flight
-from meshwright.search.candidate import StageDevices
 from meshwright.search.costs import costs_of
 from meshwright.search.layer_partition import (
     PRECISE,
@@ -22,6 +21,7 @@ from meshwright.search.layer_partition import (
     recut,
     stage_loads,
 )
+from meshwright.search.stage_devices import StageDevices
 from soaks import portion
 from worlds import FAST, GIB, SLOW, cluster, device, job, model
 

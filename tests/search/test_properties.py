@@ -17,6 +17,7 @@ from meshwright.search.certificate import certificate
 from meshwright.search.costs import costs_of
 from meshwright.search.options import OPTION_NAMES
 from meshwright.search.planner import find_plan
+from plain_constants import PLAINLY
 from soaks import portion, tenth
 from strategies import small_worlds
 from worlds import cluster, device, job, model
@@ -205,8 +206,8 @@ def test_every_plan_holds_every_layer_and_fits_in_many_cases(world):
 def test_the_best_certificate_is_met_where_nothing_is_lost():
     """One device, no links: the fluid bound is what really happens."""
     graph, where, todo = model([10.0] * 4), cluster(("fast",)), job(4)
-    found = find_plan(graph, where, todo).prediction
-    bound = certificate(costs_of(graph, where, todo)).seconds
+    found = find_plan(graph, where, todo, PLAINLY).prediction
+    bound = certificate(costs_of(graph, where, todo, PLAINLY)).seconds
     assert bound == pytest.approx(found.step_seconds, rel=1e-3)
 
 

@@ -29,6 +29,7 @@ from meshwright.search.regular import (
 )
 from meshwright.search.space import is_large, rows_in_order
 from meshwright.simulate.simulator import simulate_plan
+from plain_constants import PLAINLY
 from soaks import portion
 from worlds import FAST, GIB, SLOW, cluster, job, model
 
@@ -121,7 +122,7 @@ def test_slow_types_and_slow_nodes_may_be_left_out():
 
 def test_what_is_promised_of_one_stage_is_all_that_it_computes():
     """Five micro-batches of 30 GFLOP forward and twice that backward, at 20 TFLOP/s."""
-    costs = costs_of(model([10.0, 20.0]), cluster(("fast",)), job(5))
+    costs = costs_of(model([10.0, 20.0]), cluster(("fast",)), job(5), PLAINLY)
     five = next(each for each in regular_pipelines(costs) if each.micro_batches == 5)
     assert promise(costs, five) == pytest.approx(5 * 3 * 30e9 / 20e12, rel=1e-3)
 
@@ -132,7 +133,7 @@ def test_equal_stages_take_the_textbook_time(micro_batches):
     where = cluster(("fast",) * 4)
     instant = Link(bandwidth=1e15, latency=0.0)
     where = replace(where, nodes=(replace(where.nodes[0], inside=instant),))
-    costs = costs_of(model([200.0] * 8, parameters=1), where, job(8))
+    costs = costs_of(model([200.0] * 8, parameters=1), where, job(8), PLAINLY)
     each = next(
         each
         for each in regular_pipelines(costs)

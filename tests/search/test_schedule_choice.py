@@ -13,6 +13,7 @@ from meshwright.cluster.files import load_cluster
 from meshwright.cluster.spec import Cluster
 from meshwright.cost.memory import device_memory
 from meshwright.cost.pricing import price_program
+from meshwright.cost.profile import Profile
 from meshwright.errors import PlanError
 from meshwright.export.pipelining import schedule_csv, with_schedule
 from meshwright.model.load import load_model
@@ -35,6 +36,7 @@ from meshwright.search.planner import find_plan
 from meshwright.search.quick_clock import pipeline_works
 from meshwright.simulate.simulator import simulate_plan
 from meshwright.simulate.symmetry import simulate_by_symmetry
+from plain_constants import PLAINLY
 from soaks import portion
 from worlds import chain, even_plan, one_node
 
@@ -69,8 +71,10 @@ def virtual(schedule: str, groups: int, micro_batches: int) -> Plan:
     return replace(plan, schedule=schedule, devices=names, pipelines=pipelines)
 
 
-def compute_end(plan: Plan, model: LayerGraph, where: Cluster = CLUSTER) -> float:
-    timeline = simulate_plan(plan, model, where)
+def compute_end(
+    plan: Plan, model: LayerGraph, where: Cluster = CLUSTER, profile: Profile | None = None
+) -> float:
+    timeline = simulate_plan(plan, model, where, profile)
     kinds = (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
     return max(i.end_seconds for i in timeline.intervals if i.op in kinds)
 
@@ -112,10 +116,10 @@ def heavy(stages: int) -> LayerGraph:
 def test_the_quick_clock_knows_that_joined_weight_parts_are_quicker(schedule, micro_batches):
     model = heavy(3)
     plan = pipeline(model, 3, micro_batches, schedule)
-    work = pipeline_works(plan, costs_of(model, SLOW_MEMORY, plan.job, None))[0]
+    work = pipeline_works(plan, costs_of(model, SLOW_MEMORY, plan.job, PLAINLY))[0]
     assert all(more < 0.8 * first for more, first in zip(work.further, work.weights, strict=True))
     quick = seconds(work, to_codes(schedule_orders(schedule, work.layout, micro_batches)))
-    assert quick == pytest.approx(compute_end(plan, model, SLOW_MEMORY), rel=1e-9)
+    assert quick == pytest.approx(compute_end(plan, model, SLOW_MEMORY, PLAINLY), rel=1e-9)
 
 
 def test_a_listed_plan_joins_weight_parts():

@@ -14,15 +14,11 @@ from meshwright.layout.shares import UNDIVIDED
 from meshwright.model.load import load_model
 from meshwright.plan.ranks import stage_placements
 from meshwright.plan.spec import Job, Pipeline, Stage
-from meshwright.search.candidate import (
-    CandidatePipeline,
-    StageDevices,
-    tensor_widths,
-    tensor_widths_agree,
-)
+from meshwright.search.candidate import CandidatePipeline, tensor_widths, tensor_widths_agree
 from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.costs import Costs, costs_of
 from meshwright.search.planner import find_plan
+from meshwright.search.stage_devices import StageDevices
 from meshwright.simulate.simulator import simulate_plan
 from worlds import DEVICE, chain, cluster, divided, job, one_node, plan_by_hand
 

@@ -21,13 +21,14 @@ from meshwright.program.compile import compile_plan
 from meshwright.report.plan_drawing import plan_svg
 from meshwright.report.sentences import limits
 from meshwright.report.timeline_data import timeline_data
-from meshwright.search.candidate import CandidatePipeline, StageDevices, plan_of
+from meshwright.search.candidate import CandidatePipeline, plan_of
 from meshwright.search.certificate import certificate
 from meshwright.search.costs import costs_of
 from meshwright.search.finishing import Pruned, finish
 from meshwright.search.incumbent import Incumbent, simulate_and_record
 from meshwright.search.options.virtual_stages import LAYOUTS, OPTION, DividedPlan, divided_plan
 from meshwright.search.planner import find_plan
+from meshwright.search.stage_devices import StageDevices
 from meshwright.search.virtual_stage_partition import _seconds, _tables, cut_virtual_stages
 from meshwright.simulate.simulator import simulate_plan
 from soaks import portion

@@ -21,6 +21,7 @@ from meshwright.simulate.critical_path import (
     step_breakdown,
 )
 from meshwright.simulate.simulator import simulate_plan, simulated_step
+from plain_constants import PLAINLY
 from strategies import models_and_plans
 from worlds import even_model, even_plan, one_node
 
@@ -70,7 +71,7 @@ def test_fill_and_drain_of_a_pipeline_is_bubble(stages: int, micro_batches: int)
     """Equal stages of 3 ms a micro-batch: m x 3 ms compute, (p - 1) x 3 ms bubble."""
     model, cluster = even_model(stages), one_node(stages, bandwidth=1e18)
     plan = even_plan(model, cluster, stages=stages, micro_batches=micro_batches)
-    seconds = step_breakdown(simulate_plan(plan, model, cluster))
+    seconds = step_breakdown(simulate_plan(plan, model, cluster, PLAINLY))
     assert seconds["compute"] == pytest.approx(3e-3 * micro_batches)
     assert seconds["bubble"] == pytest.approx(3e-3 * (stages - 1), abs=1e-9)
 
@@ -78,14 +79,16 @@ def test_fill_and_drain_of_a_pipeline_is_bubble(stages: int, micro_batches: int)
 def test_transfers_on_the_way_are_transfers() -> None:
     """One micro-batch through two stages: 1 ms there and 1 ms back."""
     model, cluster = even_model(2, cut_bytes=1e6), one_node(2, bandwidth=1e9)
-    seconds = step_breakdown(simulate_plan(even_plan(model, cluster, stages=2), model, cluster))
+    plan = even_plan(model, cluster, stages=2)
+    seconds = step_breakdown(simulate_plan(plan, model, cluster, PLAINLY))
     assert seconds["transfers"] == pytest.approx(2e-3)
 
 
 def test_only_the_exposed_part_of_a_reduction_counts() -> None:
     """4 MB reduced at 1 GB/s takes 4 ms; it starts when the backward ends."""
     model, cluster = even_model(1, parameters=10**6), one_node(2, bandwidth=1e9)
-    seconds = step_breakdown(simulate_plan(even_plan(model, cluster, data=2), model, cluster))
+    plan = even_plan(model, cluster, data=2)
+    seconds = step_breakdown(simulate_plan(plan, model, cluster, PLAINLY))
     assert seconds["reductions"] == pytest.approx(4e-3, rel=1e-4)
     assert seconds["compute"] == pytest.approx(3e-3)
 

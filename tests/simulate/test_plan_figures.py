@@ -12,6 +12,7 @@ from meshwright.program.compile import REDUCE_NORM_BYTES
 from meshwright.report.resources import resource_name
 from meshwright.simulate.plan_figures import check_comparable, compare_plans, simulate_figures
 from meshwright.simulate.traffic import link_loads
+from plain_constants import PLAINLY
 from worlds import divided, even_model, even_plan, one_node
 
 
@@ -61,7 +62,7 @@ def test_all_reduces_inside_layers_are_counted():
 
 
 def measured(plan, model, cluster, name):
-    return simulate_figures(name, PricedPlan(plan, model, cluster))
+    return simulate_figures(name, PricedPlan(plan, model, cluster, PLAINLY))
 
 
 def test_the_faster_plan_wins_and_the_reason_names_the_part():

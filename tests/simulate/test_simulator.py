@@ -25,6 +25,7 @@ from meshwright.simulate.critical_path import step_breakdown
 from meshwright.simulate.simulator import simulate, simulate_plan
 from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
 from meshwright.techniques.pipeline_parallel.operations import GATHERS
+from plain_constants import PLAINLY
 from strategies import models_and_plans
 from worlds import chain, divided, even_model, even_plan, one_node, plan_by_hand
 
@@ -43,7 +44,7 @@ def test_bubble_of_equal_stages_with_free_communication(
     """(p - 1) / (m + p - 1) of the step, for 1F1B and GPipe alike."""
     model, cluster = even_model(2 * stages), one_node(stages, bandwidth=1e18)
     plan = even_plan(model, cluster, stages=stages, micro_batches=micro_batches, schedule=schedule)
-    timeline = simulate_plan(plan, model, cluster)
+    timeline = simulate_plan(plan, model, cluster, PLAINLY)
     bubble = 1 - busy_seconds(timeline, 0) / timeline.step_seconds
     assert bubble == pytest.approx((stages - 1) / (micro_batches + stages - 1), abs=1e-9)
 
@@ -119,7 +120,7 @@ def test_slower_links_never_make_a_pipeline_faster(
 def test_a_transfer_takes_latency_and_bytes_over_bandwidth() -> None:
     model = even_model(2, cut_bytes=1e6)
     cluster = one_node(2, bandwidth=1e9, latency=1e-4)
-    timeline = simulate_plan(even_plan(model, cluster, stages=2), model, cluster)
+    timeline = simulate_plan(even_plan(model, cluster, stages=2), model, cluster, PLAINLY)
     for start, end in of_kind(timeline, Op.SEND_F, Op.RECV_F, Op.SEND_B, Op.RECV_B):
         assert end - start == pytest.approx(1.1e-3)
 
@@ -130,7 +131,7 @@ def test_two_transfers_on_one_bus_take_twice_as_long() -> None:
     shared = one_node(4, bandwidth=1e9, shared=True)
     plan = even_plan(model, alone, data=2, stages=2)
     for cluster, seconds in ((alone, 1e-3), (shared, 2e-3)):
-        timeline = simulate_plan(plan, model, cluster)
+        timeline = simulate_plan(plan, model, cluster, PLAINLY)
         for start, end in of_kind(timeline, Op.RECV_F):
             assert end - start == pytest.approx(seconds)
 
@@ -142,7 +143,7 @@ def test_a_reduction_starts_inside_the_backward_that_completes_it() -> None:
     cluster = one_node(2)
     plan = even_plan(model, cluster, data=2)
     program = compile_plan(plan, model, bucket_bytes=10**6)
-    timeline = simulate(program, price_program(program, plan, model, cluster))
+    timeline = simulate(program, price_program(program, plan, model, cluster, PLAINLY))
     reductions = sorted(of_kind(timeline, REDUCE_GRAD))
     (began, ended), *_ = of_kind(timeline, Op.BACKWARD)
     assert reductions[0][0] == pytest.approx((began + ended) / 2)
@@ -308,6 +309,6 @@ def test_broadcasts_of_several_cuts_and_both_directions_take_their_own_time() ->
         Pipeline(micro_batches=1, rows=1, stages=stages), sequence=1, schedule="zb-v"
     )
     wide = replace(model, layers=tuple(divided(layer, units=2) for layer in model.layers))
-    timeline = simulate_plan(plan, wide, one_node(3, bandwidth=1e9))
+    timeline = simulate_plan(plan, wide, one_node(3, bandwidth=1e9), PLAINLY)
     chained = of_kind(timeline, Op.RECV_F)[:2] + of_kind(timeline, Op.RECV_B)[:2]
     assert [end - start for start, end in chained] == [pytest.approx(1e-3)] * 4

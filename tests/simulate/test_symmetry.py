@@ -141,6 +141,46 @@ def test_unlike_tensor_widths_take_as_long_folded(second, played, shared):
     assert len(find_symmetry(plan, where, model).ranks) == played
 
 
+@settings(max_examples=portion(80))
+@given(
+    widths=st.lists(
+        st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (2, 4)]), min_size=2, max_size=4
+    ),
+    replicas=st.sampled_from([1, 2, 4]),
+    shared=st.booleans(),
+    tied=st.booleans(),
+    schedule=st.sampled_from(["1f1b", "gpipe"]),
+)
+def test_stages_of_unlike_tensor_widths_take_as_long_folded(
+    widths, replicas, shared, tied, schedule
+):
+    """Each stage has `replicas` times its first number of replicas, and its second one is their
+    tensor width."""
+    model = even_model(len(widths), cut_bytes=1e5, parameters=3_000_000)
+    layers = [divided(x, parameters=2_900_000) for x in model.layers]
+    ends = (0, len(widths) - 1)
+    both = Tied(name="ends", parameters=100_000, layers=ends, divided=("tensor",))
+    model = replace(model, layers=tuple(layers), tied=(both,) if tied else ())
+    where = sites(4 * len(widths), 4, shared=shared)
+    stages, names = [], [device.name for device in devices_of(where)]
+    for s, (data, tensor) in enumerate(widths):
+        own = names[16 * s : 16 * s + 16]
+        number = min(replicas * data, 16 // tensor)
+        groups = tuple(tuple(own[tensor * n : tensor * (n + 1)]) for n in range(number))
+        stages.append(Stage(layers=(s, s + 1), devices=groups))
+    pipeline = Pipeline(micro_batches=3, rows=16, stages=tuple(stages))
+    plan = replace(plan_by_hand(pipeline, optimizer="sgd"), schedule=schedule)
+    check(plan, model, where)
+
+
+def test_half_of_two_replicas_is_played_if_the_stages_differ_in_their_tensor_width():
+    model, where = even_model(2, cut_bytes=1e5), sites(3, 4, shared=True)
+    first = Stage(layers=(0, 1), devices=(("n0:0",), ("n0:1",)))
+    second = Stage(layers=(1, 2), devices=(("n1:0", "n1:1"), ("n1:2", "n1:3")))
+    plan = plan_by_hand(Pipeline(micro_batches=2, rows=2, stages=(first, second)))
+    assert len(find_symmetry(plan, where, model).ranks) == 3
+
+
 def test_one_of_all_replicas_is_played():
     model, where = even_model(2), sites(4, 2, shared=False)
     plan = even_plan(model, where, data=4, stages=2)
@@ -182,7 +222,9 @@ def uneven_clusters(draw) -> Cluster:
     kinds = ["g"] if draw(st.booleans()) else ["g", "h"]
     shared = draw(st.booleans())
     inside = Link(bandwidth=draw(st.sampled_from([1e9, 3.3e9])), latency=1e-6, shared=shared)
-    network = Link(bandwidth=draw(st.sampled_from([2e8, 1.37e8])), latency=1e-5, shared=shared)
+    alone = draw(st.none() | st.just(6.1e7))
+    network = Link(bandwidth=draw(st.sampled_from([2e8, 1.37e8])), latency=1e-5, shared=shared,
+                   single_flow=alone)  # fmt: skip
     places = st.sampled_from(draw(st.sampled_from([["home"], ["home", "away"]])))
     nodes = tuple(
         Node(

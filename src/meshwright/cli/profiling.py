@@ -120,6 +120,12 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
 RunFolders = Annotated[
     list[Path] | None, typer.Argument(help="Run folders, as `meshwright train` writes them.")
 ]
+RunsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--runs", help="Runs of other tools: a table with the columns that docs/profile.md lists."
+    ),
+]
 CalibrationOutput = Annotated[
     Path | None,
     typer.Option(
@@ -133,10 +139,18 @@ CalibrationOutput = Annotated[
 @app.command()
 def calibrate(
     runs: RunFolders = None,
+    recorded: RunsOption = None,
     propose: Annotated[
-        int, typer.Option(help="Write this number of plans that are worth a short run, and stop.")
+        int,
+        typer.Option(
+            help="Write this number of plans that are worth a short run, and stop; with --runs, "
+            "fit and write this number of layouts."
+        ),
     ] = 0,
-    model: Annotated[str, typer.Option("--model", help="To propose: as for `plan`.")] = "",
+    model: Annotated[
+        str,
+        typer.Option("--model", help="To propose: as for `plan`. With --runs: whose profile."),
+    ] = "",
     cluster: Annotated[Path | None, typer.Option(help="Cluster file.")] = None,
     global_batch: Annotated[int, typer.Option(help="To propose: rows per step.")] = 8,
     sequence: Annotated[int, typer.Option(help="To propose: tokens per row.")] = 1024,
@@ -144,8 +158,8 @@ def calibrate(
     profile: MeasuredTimes = None,
     output: CalibrationOutput = None,
 ) -> None:
-    """Fit the cost model to runs on this cluster; `plan --profile` then uses the fitted
-    constants."""
+    """Fit the cost model to runs on this cluster, or to runs of other tools; `plan --profile` then
+    uses the fitted constants."""
     from meshwright import files
     from meshwright.errors import OptionError, Problem
     from meshwright.records import checked_value
@@ -153,6 +167,13 @@ def calibrate(
     from meshwright.workflows.session import open_session
 
     checked_value(Proposals, propose, "--propose")
+    if recorded is not None:
+        if runs:
+            found, wanted = "run folders as well", "a runs file alone"
+            raise OptionError(Problem("--runs", "", found, wanted, "calibrate them apart"))
+        target = output or Path("calibrated.json")
+        _calibrate_recorded(recorded, cluster, (model, sequence), propose, target)
+        return
     if not propose:
         _calibrate(runs or [], cluster, output or Path("calibrated.json"))
         return
@@ -201,3 +222,28 @@ def _calibrate(runs: list[Path], cluster: Path | None, output: Path) -> None:
         low, high = fitted.error.low, fitted.error.high
         say(f"left out, four of five runs took {low:.2f} to {high:.2f} of the predicted")
     say(f"wrote {output}")
+
+
+def _calibrate_recorded(
+    path: Path, cluster: Path | None, planned: tuple[str, int], propose: int, output: Path
+) -> None:
+    """Fits constants to a runs file, says how good they are, and writes the profile and the layouts
+    that are worth a run."""
+    from meshwright import files
+    from meshwright.recorded.files import runs_text
+    from meshwright.recorded.fit import propose_runs
+    from meshwright.records import dumps
+    from meshwright.workflows.calibrate_recorded import fit_runs_file, fit_sentences
+
+    next_runs = output.with_suffix(".next.csv")
+    check_outputs(output, *([next_runs] if propose else []))
+    fit, machines, runs = fit_runs_file(path, cluster, *planned)
+    files.write_text(output, dumps(fit.profile), durable=True)
+    for sentence in fit_sentences(fit, runs):
+        say(sentence)
+    say(f"wrote {output}")
+    if propose:
+        proposed = propose_runs(fit, machines, propose)
+        files.write_text(next_runs, runs_text(proposed))
+        say(f"wrote {next_runs}: {len(proposed)} layouts; fill in what you measure, add it to")
+        say(f"{path}, and calibrate again")

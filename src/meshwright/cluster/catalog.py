@@ -8,7 +8,7 @@ import tomllib
 from functools import lru_cache
 from importlib.resources import files
 
-from meshwright.cluster.spec import DeviceType, Link
+from meshwright.cluster.spec import DeviceType, Link, LinkKind
 from meshwright.errors import ClusterError
 from meshwright.records import parse, record
 
@@ -20,6 +20,8 @@ class CatalogEntry:
     type: DeviceType
     inside: Link
     """Link between two such devices of one node, as servers that hold them are usually built."""
+    link: LinkKind | None = None
+    """What this link consists of; None: what its bandwidth suggests."""
     reported_as: str | None = None
     """Regular expression that matches the name which drivers report."""
 
@@ -30,7 +32,7 @@ def catalog() -> dict[str, CatalogEntry]:
     text = files("meshwright.cluster").joinpath("catalog.toml").read_text(encoding="utf-8")
     entries = {}
     for name, row in tomllib.loads(text).items():
-        extra = {key: row.pop(key) for key in ("inside", "reported_as") if key in row}
+        extra = {key: row.pop(key) for key in ("inside", "link", "reported_as") if key in row}
         data = {"type": {"name": name, **row}, **extra}
         entries[name] = parse(data, CatalogEntry, source="catalog.toml", error=ClusterError)
     return entries

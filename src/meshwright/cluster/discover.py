@@ -13,18 +13,12 @@ from meshwright.cluster.hardware import (
     device_type_of,
     islands_in,
     links_inside,
-    read_default_interface,
-    read_islands,
-    read_speed,
-    read_wiring,
 )
 from meshwright.cluster.host import Host, this_host
-from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, Site
-from meshwright.records import BytesPerSecond
+from meshwright.cluster.networks import USUAL_NETWORK, read_network
+from meshwright.cluster.spec import Cluster, DeviceType, Node, Site
+from meshwright.cluster.wiring import read_islands, read_mesh, read_wiring
 from meshwright.text import printable
-
-_USUAL_NETWORK = Link(bandwidth=1.25e9, latency=50e-6)
-"""10 Gbit/s Ethernet with TCP: assumed if the machine does not report the speed of its network."""
 
 _HOST_SHARE = 0.9
 """Share of the host's memory that training processes may use; the system keeps the rest."""
@@ -63,10 +57,8 @@ def hardware_cluster(found: MachineHardware) -> tuple[Cluster, tuple[str, ...]]:
             if found.cpus
             else "No GPU was found: one process per core."
         )
-    network = _USUAL_NETWORK
-    if found.network:
-        network = replace(network, bandwidth=found.network)
-    else:
+    network = found.network or USUAL_NETWORK
+    if not found.network:
         notes.append("network: this machine does not tell its speed; 10 Gbit/s is ASSUMED.")
     node = Node(
         name=found.name,
@@ -117,28 +109,32 @@ def read_hardware(
     """Asks the machine for its GPUs (not if `cpus` is set), cores, memory and network speed. With
     `partial`, GPUs that cannot be read are left out; without it, they raise MachineError."""
     asked = host or this_host()
+    network, on_networks = read_network(asked)
     found = MachineHardware(
         name=asked.name,
         cores=asked.cores,
         memory=asked.memory,
-        network=_network_speed(asked),
+        network=network,
+        notes=on_networks,
         cpus=cpus,
     )
     if cpus:
         return found
     looked = detect_gpus(asked, partial=partial)
-    found = replace(found, gpus=looked.gpus, notes=looked.notes)
+    found = replace(found, gpus=looked.gpus, notes=(*looked.notes, *on_networks))
     if len(looked.gpus) < 2:
         return found
     text = asked.run(("nvidia-smi", "topo", "-m")).text
     islands, island_wiring = read_islands(text, len(looked.gpus))
+    lanes = read_mesh(text, len(looked.gpus))
     if islands and any(name in asked.environment for name in HIDING):
         note = "islands: NOT TOLD, since the environment may order the GPUs otherwise"
         islands, island_wiring = (), None
         found = replace(found, notes=(*found.notes, note))
-    return replace(found, wiring=read_wiring(text), islands=islands, island_wiring=island_wiring)
-
-
-def _network_speed(host: Host) -> BytesPerSecond | None:
-    interface = read_default_interface(host.read("/proc/net/route"))
-    return read_speed(host.read(f"/sys/class/net/{interface}/speed")) if interface else None
+    return replace(
+        found,
+        wiring=read_wiring(text),
+        islands=islands,
+        island_wiring=island_wiring,
+        mesh_lanes=lanes,
+    )

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field
 
 from meshwright import units
 from meshwright.cluster.catalog import catalog
-from meshwright.cluster.spec import DeviceType, Islands, Link, Precision
+from meshwright.cluster.spec import DeviceType, Islands, Link, LinkKind, Precision
 from meshwright.errors import ClusterError, Problem
 from meshwright.records import Count, Line, Name, PositiveShare, check_format, parse, record
 from meshwright.text import did_you_mean, nearest
@@ -45,8 +45,13 @@ class LinkEntry:
     """Holds a link, written as `{ bandwidth = "10 Gbit/s", latency = "50 us" }`."""
 
     bandwidth: RateText
+    """Line rate in one direction, unless `kind` is `measured`."""
     latency: TimeText
     shared: bool = False
+    kind: LinkKind | None = None
+    """What the link consists of."""
+    single_flow: RateText | None = None
+    """What one device alone gets of the bandwidth, where that is less than many get together."""
 
 
 @record
@@ -67,6 +72,7 @@ class IslandsEntry:
     """Local indices of the devices of each group, from 0."""
     bandwidth: RateText
     latency: TimeText
+    kind: LinkKind | None = None
 
 
 @record
@@ -123,6 +129,8 @@ class PairEntry:
     bandwidth: RateText
     latency: TimeText
     shared: bool = False
+    kind: LinkKind | None = None
+    single_flow: RateText | None = None
 
 
 def _as_rows(value: object) -> object:
@@ -165,12 +173,18 @@ _KNOWN = ("format", "name", "links", "node", "site", "device", "link", "matrix")
 
 def entry_link(entry: LinkEntry | PairEntry) -> Link:
     """Returns the link that an entry describes."""
-    return Link(bandwidth=entry.bandwidth, latency=entry.latency, shared=entry.shared)
+    return Link(
+        bandwidth=entry.bandwidth,
+        latency=entry.latency,
+        shared=entry.shared,
+        kind=entry.kind,
+        single_flow=entry.single_flow,
+    )
 
 
 def islands_of(entry: IslandsEntry) -> Islands:
     """Returns the islands that an entry describes."""
-    link = Link(bandwidth=entry.bandwidth, latency=entry.latency)
+    link = Link(bandwidth=entry.bandwidth, latency=entry.latency, kind=entry.kind)
     return Islands(groups=entry.devices, link=link)
 
 

@@ -4,6 +4,7 @@ datasheet."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from meshwright import units
 from meshwright.cluster.catalog import catalog
@@ -49,6 +50,9 @@ def _figures(entries: Entries) -> Iterator[tuple[str, float, AllowedRange]]:
     for field, link in _links(entries):
         yield f"{field}.bandwidth", link.bandwidth, BANDWIDTH
         yield f"{field}.latency", link.latency, LATENCY
+        if not isinstance(link, IslandsEntry) and link.single_flow is not None:
+            limit = replace(BANDWIDTH, most=max(link.bandwidth, BANDWIDTH.least))
+            yield f"{field}.single_flow", link.single_flow, limit
     for name, entry in entries.devices.items():
         if entry.memory is not None:
             yield f"device.{name}.memory", entry.memory, MEMORY

@@ -225,7 +225,9 @@ def _type_lines(kind: DeviceType) -> list[str]:
 def _link_fields(link: Link) -> list[str]:
     latency = _quantity(link.latency, units.format_seconds, units.parse_seconds, "s")
     fields = [f"bandwidth = {_rate(link.bandwidth)}", f"latency = {latency}"]
-    return [*fields, "shared = true"] if link.shared else fields
+    fields += ["shared = true"] if link.shared else []
+    fields += [f"kind = {quoted(link.kind)}"] if link.kind else []
+    return [*fields, f"single_flow = {_rate(link.single_flow)}"] if link.single_flow else fields
 
 
 def _link(link: Link) -> str:

@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 
 from meshwright.cluster.catalog import catalog, type_reported_as
-from meshwright.cluster.spec import DeviceType, Islands, Link
+from meshwright.cluster.spec import DeviceType, Islands, Link, LinkKind
 from meshwright.records import Bytes, BytesPerSecond, record
 from meshwright.text import printable
 
@@ -75,75 +75,16 @@ class MachineHardware:
     islands: tuple[tuple[int, ...], ...] = ()
     """Indices of the GPUs of each group that is connected better than by `wiring`."""
     island_wiring: str | None = None
-    """The weakest connection inside these groups."""
-    network: BytesPerSecond | None = None
-    """Bandwidth of the interface that the default route uses; None if it is not reported."""
+    """The weakest connection inside these groups; in a mesh, the word NVLink."""
+    mesh_lanes: int | None = None
+    """NVLinks of each GPU, where rings over NVLinks alone pass all GPUs though not every two are
+    neighbours; None elsewhere."""
+    network: Link | None = None
+    """Network that training uses; None if no speed is reported."""
     notes: tuple[str, ...] = ()
     """Notes for the user on how the machine was found."""
     cpus: bool = False
     """True if the cluster shall consist of its cores even if it has GPUs."""
-
-
-_WEAKEST_FIRST = ("SYS", "NODE", "PHB", "PXB", "PIX")
-
-
-def read_wiring(text: str) -> str | None:
-    """Returns the weakest connection between two GPUs in the output of `nvidia-smi topo -m`."""
-    return _weakest({cell for row in _wiring_rows(text) for cell in row} - {"X"})
-
-
-def _wiring_rows(text: str) -> list[list[str]]:
-    """Returns the connections of each GPU with every GPU; `X` with itself."""
-    rows = [re.sub(r"\x1b\[[0-9;]*m", "", line).split() for line in text.splitlines()]
-    gpus = [row for row in rows if row and re.fullmatch(r"GPU\d+", row[0]) and "X" in row]
-    return [row[1 : len(gpus) + 1] for row in gpus]
-
-
-def _weakest(cells: set[str]) -> str | None:
-    for weak in _WEAKEST_FIRST:
-        if weak in cells:
-            return weak
-    lanes = [int(match[1]) for cell in cells if (match := re.fullmatch(r"NV(\d+)", cell))]
-    return f"NV{min(lanes)}" if lanes else None
-
-
-def read_islands(text: str, number: int) -> tuple[tuple[tuple[int, ...], ...], str | None]:
-    """Returns the groups of GPUs, by index, that NVLink or else PCIe switches connect while others
-    are connected through the host, with the weakest connection inside them; no groups if GPUs of
-    one would reach each other over a third only, or if the text is not about `number` GPUs.
-
-    The text is the output of `nvidia-smi topo -m`.
-    """
-    rows = _wiring_rows(text)
-    if len(rows) != number:
-        return (), None
-    for good in (r"NV\d+", r"NV\d+|PIX|PXB"):
-        near = [
-            tuple(j for j, cell in enumerate(row) if cell == "X" or re.fullmatch(good, cell))
-            for row in rows
-        ]
-        groups = tuple(dict.fromkeys(each for each in near if len(each) > 1))
-        apart = all(near[index] == group for group in groups for index in group)
-        if groups and apart and len(groups[0]) < len(rows):
-            inside = {rows[i][j] for group in groups for i in group for j in group if i != j}
-            return groups, _weakest(inside)
-    return (), None
-
-
-def read_default_interface(routes: str) -> str | None:
-    """Returns the interface of the default route in the text of `/proc/net/route`."""
-    for line in routes.splitlines()[1:]:
-        columns = line.split()
-        if len(columns) > 7 and columns[1] == columns[7] == "00000000":
-            return columns[0]
-    return None
-
-
-def read_speed(text: str) -> BytesPerSecond | None:
-    """Parses bytes per second from `/sys/class/net/*/speed`, which is in Mbit/s, or -1 if it is not
-    known."""
-    speed = text.strip()
-    return int(speed) * 1e6 / 8 if re.fullmatch(r"[1-9]\d*", speed) else None
 
 
 def is_unified(name: str) -> bool:
@@ -247,6 +188,10 @@ def links_inside(found: MachineHardware, type_names: tuple[str, ...]) -> tuple[L
     if found.wiring is None:
         link = _slowest_inside(type_names)
         return link, "inside: as the catalogue has it for this type, not asked of the machine"
+    if found.mesh_lanes:
+        link = _nvlinks(found, found.mesh_lanes)
+        way = f"{found.mesh_lanes} of each GPU, to some of the others: rings pass neighbours alone"
+        return link, f"inside: NVLink, {way}"
     link, way = _link_of(found, found.wiring, type_names)
     return link, f"inside: {way}"
 
@@ -259,7 +204,10 @@ def islands_in(
     sliced = any(gpu.slice or mig_profile_in(gpu.name) for gpu in found.gpus)
     if found.island_wiring is None or sliced:
         return None, ()
-    link, way = _link_of(found, found.island_wiring, type_names)
+    if found.mesh_lanes:
+        link, way = _nvlinks(found, found.mesh_lanes), "every two of which are neighbours"
+    else:
+        link, way = _link_of(found, found.island_wiring, type_names, island=True)
     groups = " and ".join(str(list(group)) for group in found.islands)
     return Islands(groups=found.islands, link=link), (f"islands: {groups}, {way}",)
 
@@ -269,13 +217,25 @@ def _slowest_inside(type_names: tuple[str, ...]) -> Link:
     return min(known, key=lambda link: link.bandwidth, default=catalog()["T4"].inside)
 
 
-def _link_of(found: MachineHardware, wiring: str, type_names: tuple[str, ...]) -> tuple[Link, str]:
+def _nvlinks(found: MachineHardware, lanes: int) -> Link:
+    blackwell = any((gpu.capability or (0, 0)) >= (10, 0) for gpu in found.gpus)
+    return Link(bandwidth=lanes * (_NVLINK5_LANE if blackwell else _NVLINK_LANE), latency=8e-6)
+
+
+def _link_of(
+    found: MachineHardware, wiring: str, type_names: tuple[str, ...], *, island: bool = False
+) -> tuple[Link, str]:
     """Returns the link that a connection stands for, and its description."""
     if wiring.startswith("NV"):
-        blackwell = any((gpu.capability or (0, 0)) >= (10, 0) for gpu in found.gpus)
-        lane = _NVLINK5_LANE if blackwell else _NVLINK_LANE
-        return Link(bandwidth=int(wiring[2:]) * lane, latency=8e-6), f"NVLink, {wiring}"
+        return _nvlinks(found, int(wiring[2:])), f"NVLink, {wiring}"
     pcie = min(_slowest_inside(type_names).bandwidth, catalog()["A10G"].inside.bandwidth)
-    shared = wiring not in ("PIX", "PXB")
-    way = "through the host, shared" if shared else "through a switch"
-    return Link(bandwidth=pcie, latency=10e-6, shared=shared), f"PCIe {way} ({wiring})"
+    kind: LinkKind | None = "pcie" if island else None
+    if wiring in ("PIX", "PXB"):
+        link = Link(bandwidth=pcie, latency=10e-6, kind=kind)
+        return link, f"PCIe through a switch ({wiring})"
+    if island:
+        # A message goes into the memory of the host and out of it.
+        half = Link(bandwidth=pcie / 2, latency=10e-6, kind=kind)
+        return half, f"PCIe through one socket ({wiring})"
+    link = Link(bandwidth=pcie, latency=10e-6, shared=True)
+    return link, f"PCIe through the host, shared ({wiring})"

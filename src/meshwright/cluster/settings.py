@@ -163,8 +163,16 @@ def _with_link(node: Node, level: str, change: dict[str, Any], chosen: bool) -> 
         return node
     if level == "islands":
         return replace(node, islands=with_island_link(node, lambda link: replace(link, **change)))
-    link: Link = replace(getattr(node, level), **change)
+    link = _changed(getattr(node, level), change)
     return replace(node, inside=link) if level == "inside" else replace(node, network=link)
+
+
+def _changed(link: Link, change: dict[str, Any]) -> Link:
+    """Returns a link with other figures; a limit of single flows that exceeds its bandwidth is
+    none."""
+    changed: Link = replace(link, **change)
+    limit = changed.single_flow
+    return replace(changed, single_flow=None) if limit and limit > changed.bandwidth else changed
 
 
 def _with_uplinks(
@@ -173,7 +181,7 @@ def _with_uplinks(
     def changed(site: Site) -> Site:
         if site.name not in names or (site.uplink is None and "bandwidth" not in change):
             return site
-        return replace(site, uplink=replace(site.uplink or Link(bandwidth=1.0), **change))
+        return replace(site, uplink=_changed(site.uplink or Link(bandwidth=1.0), change))
 
     if "bandwidth" not in change and all(
         s.uplink is None for s in cluster.sites if s.name in names

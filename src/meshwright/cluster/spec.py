@@ -25,6 +25,22 @@ Precision = Literal["fp64", "fp32", "fp16", "bf16"]
 """Precision of forward and backward arithmetic. Weights and optimizer states stay fp32 (fp64 for
 fp64)."""
 
+LinkKind = Literal[
+    "nvlink2",
+    "nvlink3",
+    "nvlink4",
+    "nvlink5",
+    "xgmi",
+    "pcie",
+    "pcie_host",
+    "infiniband",
+    "roce",
+    "ethernet",
+    "measured",
+]
+"""What a link consists of. From it follows which share of the stated bandwidth is reached; figures
+of a `measured` link are reached already."""
+
 
 @record
 class Link:
@@ -32,10 +48,14 @@ class Link:
     switch or NVLink does; a `shared` one is one bus for all devices (PCIe through the host)."""
 
     bandwidth: BytesPerSecond
-    """Bytes per second in one direction."""
+    """Bytes per second in one direction: the line rate, unless the link is measured."""
     latency: Seconds = 0.0
     """Seconds before the first byte arrives."""
     shared: bool = False
+    kind: LinkKind | None = None
+    """What the link consists of; None: what its place, its device types and its latency suggest."""
+    single_flow: BytesPerSecond | None = None
+    """Bytes per second in one direction that one device alone gets; None: the whole bandwidth."""
 
 
 @record
@@ -153,6 +173,16 @@ def with_island_link(node: Node, change: Callable[[Link], Link]) -> Islands | No
     """Returns a node's islands with another link; None if it has none."""
     own = node.islands
     return replace(own, link=change(own.link)) if own else None
+
+
+def flow_bandwidth(link: Link) -> BytesPerSecond:
+    """Returns the bytes per second that one device alone gets of a link."""
+    return link.bandwidth if link.single_flow is None else link.single_flow
+
+
+def flow_seconds(link: Link, size: float, number: float) -> Seconds:
+    """Returns the seconds in which as many devices send `size` bytes each over a link at once."""
+    return size * max(number / link.bandwidth, 1 / flow_bandwidth(link))
 
 
 def node_of(device: str) -> str:

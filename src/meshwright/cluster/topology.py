@@ -9,11 +9,19 @@ share its bandwidth.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import field
 from itertools import chain
 from typing import Literal, NamedTuple
 
-from meshwright.cluster.spec import Cluster, Device, Link, Node, devices_of
+from meshwright.cluster.spec import (
+    Cluster,
+    Device,
+    Link,
+    LinkKind,
+    Node,
+    devices_of,
+)
 from meshwright.records import BytesPerSecond, Seconds, record
 
 Direction = Literal["in", "out", "both"]
@@ -29,14 +37,16 @@ class Resource(NamedTuple):
 
     owner: str
     """Device, node or site that it belongs to; for an explicit link, the node that sends."""
-    kind: Literal["port", "island", "bus", "network", "uplink", "link"]
+    kind: Literal["port", "island", "flow", "bus", "network", "uplink", "link"]
     """Kind of the thing: a port belongs to one device, and so does the one to its island; a bus
     belongs to all devices of a node, a network interface to a node, an uplink to a site, and a link
-    joins two nodes explicitly."""
+    joins two nodes explicitly. A flow is what one device gets of a link where that is less than
+    many get together."""
     direction: Direction
     """Direction seen from the owner; `both` if they share one capacity."""
     peer: str = ""
-    """Node at the other end of an explicit link; of a shared one, the later of the two names."""
+    """Node at the other end of an explicit link; of a shared one, the later of the two names. Of a
+    flow, its link: `inside`, `network`, `uplink`, or the node at the other end."""
 
 
 @record
@@ -46,6 +56,39 @@ class Path:
     resources: tuple[Resource, ...]
     latency: Seconds
     """Seconds before the first byte arrives."""
+    kind: LinkKind | None = None
+    """Kind of the link that is passed; between nodes, of the slower end. None: measured."""
+
+
+@record
+class Waits:
+    """Holds what the steps of a collective cost on links whose kind is known, in NCCL's protocols
+    of large and of small messages."""
+
+    nodes: int
+    """Number of nodes that the members are on."""
+    local: int
+    """Largest number of members on one node."""
+    inside: tuple[Seconds, Seconds]
+    """Seconds of a step inside a node in the two protocols."""
+    between: tuple[Seconds, Seconds]
+    """Seconds of a step between nodes in the two protocols."""
+    slope: float
+    """Seconds by which a byte that a member sends takes longer in that of small messages."""
+    sum_share: float
+    """Share of an all-reduce's bytes that links carry: below 1 where a switch sums."""
+
+
+@record
+class Hops:
+    """Describes the hops of a collective."""
+
+    uses: dict[Resource, int]
+    """Number of hops that use each resource."""
+    slowest: Seconds
+    """Latency of the slowest hop."""
+    waits: Waits | None = None
+    """What their steps cost by the kinds of the links; None where one of them is measured."""
 
 
 @record
@@ -63,16 +106,19 @@ class Topology:
     """Uplink of each site."""
     direct: dict[tuple[str, str], Link]
     """Explicit links by pair of nodes, in both orders."""
+    has_flows: bool = False
+    """True if devices alone get less of some link between nodes than many get together."""
     paths: dict[tuple[str, str], Path] = field(default_factory=dict)
-    """Paths computed so far: by pair of nodes, or by pair of devices of one node."""
-    rings: dict[tuple[str, ...], tuple[dict[Resource, int], Seconds]] = field(default_factory=dict)
-    """For rings computed so far, by their members: how many hops use each resource, and the latency
-    of the slowest hop."""
+    """Paths computed so far: by pair of nodes, or by pair of devices, of one node or where single
+    flows are limited."""
+    rings: dict[tuple[str, ...], Hops] = field(default_factory=dict)
+    """Hops of the rings computed so far, by their members."""
 
 
 DIRECTIONS: tuple[Direction, ...] = ("out", "in")
 """The two directions of a link that is not shared."""
 
+_Resources = tuple[Resource, ...]
 _HERE = Path(resources=(), latency=0.0)
 
 
@@ -85,14 +131,32 @@ def topology(cluster: Cluster) -> Topology:
     devices = devices_of(cluster)
     place = {device.name: index for index, device in enumerate(devices)}
     ordered = sorted(devices, key=lambda d: (sites[d.site], place[d.island or d.name]))
+    capacities = _capacities(cluster, direct)
+    flows = dict(_flows(cluster, direct))
     return Topology(
-        capacities=_capacities(cluster, direct),
+        capacities=capacities | flows,
         devices={device.name: device for device in devices},
         order={device.name: index for index, device in enumerate(ordered)},
         nodes={node.name: node for node in cluster.nodes},
         uplinks={site.name: site.uplink for site in cluster.sites},
         direct=direct,
+        has_flows=any(flow.peer != "inside" for flow in flows),
     )
+
+
+def _flows(
+    cluster: Cluster, direct: dict[tuple[str, str], Link]
+) -> Iterator[tuple[Resource, BytesPerSecond]]:
+    """Yields what each device alone gets of the links that limit single flows."""
+    uplinks = {site.name: site.uplink for site in cluster.sites}
+    for node in cluster.nodes:
+        links = {"inside": node.inside, "network": node.network, "uplink": uplinks[node.site]}
+        links |= {there: link for (here, there), link in direct.items() if here == node.name}
+        limits = {name: link.single_flow for name, link in links.items() if link}
+        for name, limit in limits.items():
+            for index in range(len(node.devices) if limit is not None else 0):
+                for way in DIRECTIONS:
+                    yield Resource(f"{node.name}:{index}", "flow", way, name), limit or 0.0
 
 
 def _capacities(
@@ -147,12 +211,23 @@ def path(topology: Topology, source: str, target: str) -> Path:
     if source == target:
         return _HERE
     here, there = topology.devices[source].node, topology.devices[target].node
-    key = (source, target) if here == there else (here, there)
+    key = (source, target) if here == there or topology.has_flows else (here, there)
     known = topology.paths.get(key)
     if known is None:
         make = _path_inside if here == there else _path_between
-        known = topology.paths[key] = make(topology, *key)
+        known = topology.paths[key] = make(topology, source, target)
     return known
+
+
+def _flow(topology: Topology, source: str, target: str, *names: tuple[str, str]) -> _Resources:
+    """Returns the flows of two devices on links that are named at each end, where they are
+    limited."""
+    ends = [
+        flow
+        for out, into in names
+        for flow in (Resource(source, "flow", "out", out), Resource(target, "flow", "in", into))
+    ]
+    return tuple(flow for flow in ends if flow in topology.capacities)
 
 
 def _path_inside(topology: Topology, source: str, target: str) -> Path:
@@ -160,26 +235,33 @@ def _path_inside(topology: Topology, source: str, target: str) -> Path:
     island = topology.devices[source].island
     if node.islands and island and island == topology.devices[target].island:
         ports = (Resource(source, "island", "out"), Resource(target, "island", "in"))
-        return Path(resources=ports, latency=node.islands.link.latency)
-    resources = (_inside(node, source, "out"), _inside(node, target, "in"))
-    return Path(resources=_distinct(resources), latency=node.inside.latency)
+        link = node.islands.link
+        return Path(resources=ports, latency=link.latency, kind=link.kind)
+    resources: _Resources = (_inside(node, source, "out"), _inside(node, target, "in"))
+    resources = (*_distinct(resources), *_flow(topology, source, target, ("inside", "inside")))
+    return Path(resources=resources, latency=node.inside.latency, kind=node.inside.kind)
 
 
 def _path_between(topology: Topology, source: str, target: str) -> Path:
-    here, there = topology.nodes[source], topology.nodes[target]
+    here, there = (topology.nodes[topology.devices[each].node] for each in (source, target))
     # A bus also carries the traffic to the network; NVLink ports do not.
     leave = (_inside(here, "", "out"),) if here.inside.shared else ()
     enter = (_inside(there, "", "in"),) if there.inside.shared else ()
-    link = topology.direct.get((source, target))
+    link = topology.direct.get((here.name, there.name))
     if link:
-        middle: tuple[Resource, ...] = (_direct(source, target, link),)
-        return Path(resources=(*leave, *middle, *enter), latency=link.latency)
+        middle: _Resources = (_direct(here.name, there.name, link),)
+        flows = _flow(topology, source, target, (there.name, here.name))
+        resources = (*leave, *middle, *enter, *flows)
+        return Path(resources=resources, latency=link.latency, kind=link.kind)
     middle = (_network(here, "out"), _network(there, "in"))
+    flows = _flow(topology, source, target, ("network", "network"))
     latency = max(here.network.latency, there.network.latency)
     if here.site != there.site:
         across, slowest = _across(topology, here.site, there.site)
         middle, latency = (middle[0], *across, middle[1]), latency + slowest
-    return Path(resources=(*leave, *middle, *enter), latency=latency)
+        flows += _flow(topology, source, target, ("uplink", "uplink"))
+    slower = max(here.network, there.network, key=lambda link: link.latency)
+    return Path(resources=(*leave, *middle, *enter, *flows), latency=latency, kind=slower.kind)
 
 
 def _across(topology: Topology, here: str, there: str) -> tuple[tuple[Resource, ...], Seconds]:

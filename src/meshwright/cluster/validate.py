@@ -147,8 +147,10 @@ def _island_problems(
             found = f"device {index} {times} times"
             yield Problem(source, field, found, "each device in one group at most")
     inside = node.inside or entries.links.inside
-    if inside and node.islands.bandwidth < inside.bandwidth:
-        wanted = f"at least that of `inside`, {format_bandwidth(inside.bandwidth)}"
+    # Two devices that send to each other share a bus: each gets half of it.
+    least = inside.bandwidth / (1 + inside.shared) if inside else 0.0
+    if node.islands.bandwidth < least:
+        wanted = f"at least that of `inside`, {format_bandwidth(least)}"
         found = format_bandwidth(node.islands.bandwidth)
         yield Problem(source, f"{where}.islands.bandwidth", found, wanted)
 

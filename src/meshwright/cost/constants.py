@@ -37,8 +37,9 @@ class SystemConstants:
     """Holds the constants of the links and of the framework's work between computations; see
     CONSTANTS."""
 
-    inside_efficiency: PositiveShare = 1.0
-    network_efficiency: PositiveShare = 1.0
+    inside_efficiency: PositiveShare | None = None
+    network_efficiency: PositiveShare | None = None
+    """None in these two stands for what each kind of link reaches."""
     ring_step: Seconds = 0.0
     instruction: Seconds = 1e-4
     boundary: Seconds = 3e-5
@@ -197,6 +198,9 @@ CONSTANTS = {
 }
 """Every constant that can be fitted, by its field name in DeviceConstants or SystemConstants."""
 
+ADDED = frozenset({"layer_overhead", "ring_step", "instruction", "boundary", "step"})
+"""Constants that add seconds: 0 leaves them out."""
+
 DEVICE_NAMES = tuple(each.name for each in fields(DeviceConstants))
 SYSTEM_NAMES = tuple(each.name for each in fields(SystemConstants))
 
@@ -278,12 +282,14 @@ def system_constants(calibration: Calibration | None) -> SystemConstants:
 
 
 def implausible(calibration: Calibration, source: str) -> Iterator[Problem]:
-    """Yields one Problem for every constant outside its plausible range; default values always
-    pass."""
+    """Yields one Problem for every constant outside its plausible range; default values and those
+    that leave an added time out always pass."""
     mend = "calibrate again, or correct the file"
+    held = [(f"devices.{kind}", constants) for kind, constants in calibration.devices.items()]
+    held += [("others", calibration.others)] if calibration.others else []
     found = [
-        (f"devices.{kind}.{name}", name, getattr(constants, name), getattr(DEFAULT_DEVICE, name))
-        for kind, constants in calibration.devices.items()
+        (f"{where}.{name}", name, getattr(constants, name), getattr(DEFAULT_DEVICE, name))
+        for where, constants in held
         for name in DEVICE_NAMES
     ]
     found += [
@@ -292,7 +298,8 @@ def implausible(calibration: Calibration, source: str) -> Iterator[Problem]:
     ]
     for where, name, value, default in found:
         known = CONSTANTS[name]
-        if value not in (None, default) and not known.low <= value <= known.high:
+        usual = (None, default, 0.0) if name in ADDED else (None, default)
+        if value not in usual and not known.low <= value <= known.high:
             wanted = f"{known.low:g} to {known.high:g} {known.unit}"
             yield Problem(source, where, f"{value:g}", wanted, mend)
 

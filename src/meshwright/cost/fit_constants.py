@@ -107,13 +107,15 @@ def fit_constants(
     *,
     start: Calibration | None = None,
     runs: NDArray[np.int64] | None = None,
+    near: Sequence[float] | None = None,
 ) -> Calibration:
     """Returns the constants whose predictions come closest to the measured seconds.
 
     The fit minimises the sum over runs of sqrt(e^2 + SOFT^2), with e the relative error, plus the
     pull, by iteratively reweighted least squares: damped Gauss-Newton steps with numerical
     derivatives that keep every parameter inside its range. `runs` holds the indices of the runs to
-    fit; None fits all of them.
+    fit; None fits all of them. `near` are values of the parameters at which the descent begins, if
+    other than those that they are pulled to.
     """
     base = start or Calibration()
     chosen = np.arange(len(measured)) if runs is None else runs
@@ -128,15 +130,22 @@ def fit_constants(
         return found / measured[chosen] - 1
 
     origin = np.array([0.5 if k.start is None else fit_position(k, k.start) for k in parameters])
-    places = _descend(errors, origin)
+    places = _descend(errors, origin, origin if near is None else _places(parameters, near))
     return with_values(base, parameters, values(places))
 
 
-def _descend(errors: Callable[[Array], Array], origin: Array) -> Array:
-    """Minimises the robust error plus the pull towards the starting values, from `origin` on.
+def _places(parameters: Sequence[FitParameter], values: Sequence[float]) -> Array:
+    """Returns the positions of values in the ranges of their parameters."""
+    pairs = zip(parameters, values, strict=True)
+    return np.array([fit_position(parameter, value) for parameter, value in pairs])
+
+
+def _descend(errors: Callable[[Array], Array], origin: Array, begin: Array) -> Array:
+    """Minimises the robust error plus the pull towards the starting values `origin`, from `begin`
+    on.
 
     The result is the position of every parameter in its range."""
-    places, damping = origin.copy(), 1e-2
+    places, damping = begin.copy(), 1e-2
     residual = errors(places)
     for _ in range(MAX_ITERATIONS):
         slope = _slopes(errors, places, residual)
@@ -247,12 +256,26 @@ def calibrate_constants(
     return replace(found, error=error_bar(apart, measured), source=source)
 
 
-def most_informative(slopes: Array, count: int) -> list[int]:
-    """Selects the `count` rows of a table of sensitivities [runs, constants] that together
-    determine the constants best.
+def values_of(calibration: Calibration, parameters: Sequence[FitParameter]) -> list[float]:
+    """Returns the values of parameters in a calibration that sets them: the inverse of
+    `with_values`."""
+    found = []
+    for parameter in parameters:
+        of_device = parameter.name in DEVICE_NAMES
+        holder = calibration.devices[parameter.types[0]] if of_device else calibration.system
+        found.append(float(getattr(holder, parameter.name)))
+    return found
 
-    Each row in turn is the one that enlarges det(1 + S^T S) most: a greedy D-optimal design."""
+
+def most_informative(slopes: Array, count: int, known: Array | None = None) -> list[int]:
+    """Selects the `count` rows of a table of sensitivities [runs, constants] that together
+    determine the constants best, beside the rows `known` of runs that were measured already.
+
+    Each row in turn is the one that enlarges det(1 + S^T S) most: a greedy D-optimal design. It is
+    also the one whose own step is the least certain, given the rows so far."""
     information = np.eye(slopes.shape[1]) * 1e-4
+    if known is not None:
+        information += known.T @ known
     chosen: list[int] = []
     for _ in range(min(count, len(slopes))):
         gain = np.einsum("ij,jk,ik->i", slopes, np.linalg.inv(information), slopes)

@@ -17,7 +17,6 @@ from pydantic import Field
 from meshwright.cluster.spec import (
     Cluster,
     Device,
-    DirectLink,
     Link,
     Node,
     Site,
@@ -26,7 +25,7 @@ from meshwright.cluster.spec import (
 )
 from meshwright.cluster.topology import Topology, topology
 from meshwright.cost.collective import all_reduce, uncontended_seconds
-from meshwright.cost.constants import SystemConstants, system_constants
+from meshwright.cost.constants import system_constants
 from meshwright.cost.profile import LinkTimes, Profile
 from meshwright.errors import Problem, ProfileError
 from meshwright.records import (
@@ -45,6 +44,10 @@ Error = Annotated[float, Field(ge=-1, le=1e30)]
 BOTTLENECK_SHARE = 0.97
 """The share of the bandwidth that both nodes reach elsewhere below which a pair has a bottleneck
 between them."""
+
+APART = 0.8
+"""Share of a link's bandwidth, as many messages reach it together, below which one alone is held to
+be limited: above, the difference may be noise."""
 
 
 @record
@@ -209,7 +212,7 @@ def fitted_cluster(cluster: Cluster, report: LinkReport) -> Cluster:
             for site in cluster.sites
         ),
         direct=tuple(
-            replace(each, link=_as_link(measured["direct", frozenset(each.between)]))
+            replace(each, link=_between(measured["direct", frozenset(each.between)]))
             if ("direct", frozenset(each.between)) in measured
             else each
             for each in cluster.direct
@@ -217,8 +220,26 @@ def fitted_cluster(cluster: Cluster, report: LinkReport) -> Cluster:
     )
 
 
+def measured_link(
+    latency: Seconds, alone: float, together: float | None = None, *, shared: bool = False
+) -> Link:
+    """Returns a measured link: `alone` and `together` are the bytes per second that one message and
+    many at the same time reach. Where many reach more, the link limits single flows."""
+    if together is None or alone >= APART * together:
+        return Link(bandwidth=alone, latency=latency, shared=shared, kind="measured")
+    return Link(
+        bandwidth=together, latency=latency, shared=shared, kind="measured", single_flow=alone
+    )
+
+
 def _as_link(pair: PairTimes, *, shared: bool = False) -> Link:
-    return Link(bandwidth=pair.bandwidth, latency=pair.latency, shared=shared)
+    return measured_link(pair.latency, pair.bandwidth, shared=shared)
+
+
+def _between(pair: PairTimes) -> Link:
+    """Returns the link between two nodes: the crowded message says what two get together."""
+    together = pair.bandwidth / pair.sharing if pair.sharing else None
+    return measured_link(pair.latency, pair.bandwidth, together)
 
 
 def _fitted_node(cluster: Cluster, node: Node, measured: dict[PairClass, PairTimes]) -> Node:
@@ -234,10 +255,10 @@ def _fitted_node(cluster: Cluster, node: Node, measured: dict[PairClass, PairTim
     if node.islands and (joined := measured.get(("islands", node.islands.link))):
         fitted = replace(fitted, islands=replace(node.islands, link=_as_link(joined)))
     if pairs:
-        bandwidth = max(pair.bandwidth for pair in pairs)
+        best = max(map(_between, pairs), key=lambda link: link.bandwidth)
         latency = min(pair.latency for pair in pairs)
-        fitted = replace(fitted, network=replace(node.network, bandwidth=bandwidth,
-                                                 latency=latency))  # fmt: skip
+        network = replace(best, latency=latency, shared=node.network.shared)
+        fitted = replace(fitted, network=network)
     return fitted
 
 
@@ -258,7 +279,7 @@ def _fitted_uplink(
             found is None or pair.bandwidth > found.bandwidth
         ):
             latency = max(pair.latency - max(end.latency for end in ends), 0.0)
-            found = Link(bandwidth=pair.bandwidth, latency=latency)
+            found = Link(bandwidth=pair.bandwidth, latency=latency, kind="measured")
     return found
 
 
@@ -325,50 +346,6 @@ def messages_are_serialised(cluster: Cluster) -> bool:
     share a link.
     """
     return any(kind.processor == "cpu" for kind in cluster.types.values())
-
-
-def reached_links(cluster: Cluster, profile: Profile | None) -> Cluster:
-    """Returns the cluster with the links of a profile.
-
-    Measured links replace those of the cluster; the others get the fitted share of their stated
-    bandwidth.
-    """
-    if profile is None:
-        return cluster
-    constants = system_constants(profile.calibration)
-    reached = _scaled(cluster, constants)
-    return with_measured_links(reached, profile.links) if profile.links else reached
-
-
-def _scaled(cluster: Cluster, constants: SystemConstants) -> Cluster:
-    """Returns the cluster with every bandwidth multiplied by its fitted efficiency."""
-    inside, network = constants.inside_efficiency, constants.network_efficiency
-    if inside == network == 1.0:
-        return cluster
-
-    def slower(link: Link, share: float) -> Link:
-        return replace(link, bandwidth=link.bandwidth * share)
-
-    return replace(
-        cluster,
-        nodes=tuple(
-            replace(
-                node,
-                inside=slower(node.inside, inside),
-                islands=with_island_link(node, lambda link: slower(link, inside)),
-                network=slower(node.network, network),
-            )
-            for node in cluster.nodes
-        ),
-        sites=tuple(
-            replace(site, uplink=slower(site.uplink, network) if site.uplink else None)
-            for site in cluster.sites
-        ),
-        direct=tuple(
-            DirectLink(between=each.between, link=slower(each.link, network))
-            for each in cluster.direct
-        ),
-    )
 
 
 def ring_step_seconds(profile: Profile | None) -> float:

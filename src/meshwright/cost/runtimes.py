@@ -36,7 +36,7 @@ class Runtime:
 
 UNMEASURED = ErrorBar(low=0.86, high=1.19, runs=1644)
 """The spread of published runs about predictions without a constant fitted to them
-(`benchmarks/without_fit.py`): the 5th and the 95th percentile, the mean of four sets."""
+(`python benchmarks/without_fit.py`): the 5th and the 95th percentile, the mean of four sets."""
 
 
 _MEGATRON_HOST = DeviceConstants(

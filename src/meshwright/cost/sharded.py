@@ -16,12 +16,21 @@ from numpy.typing import NDArray
 
 from meshwright.cluster.spec import Cluster, devices_of
 from meshwright.cluster.topology import Topology, topology
-from meshwright.cost.collective import all_gather, reduce_scatter, uncontended_seconds
+from meshwright.cost.collective import (
+    all_gather,
+    all_reduce,
+    reduce_scatter,
+    uncontended_seconds,
+)
 from meshwright.cost.compute import LayerSeconds, layer_seconds, optimizer_seconds
 from meshwright.cost.constants import system_constants
-from meshwright.cost.links import overhead_seconds, reached_links, ring_step_seconds
+from meshwright.cost.links import overhead_seconds, ring_step_seconds
+from meshwright.cost.memory import framework_bytes
 from meshwright.cost.profile import Profile
+from meshwright.cost.reached_links import reached_links
+from meshwright.cost.weights import bytes_per_parameter
 from meshwright.model.spec import LayerGraph, num_parameters
+from meshwright.plan.spec import DeviceMemory
 from meshwright.records import record
 
 Array = NDArray[np.float64]
@@ -41,6 +50,9 @@ class ShardedStep:
     sharding: Sharding = "full"
     recompute: bool = False
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    within_nodes: bool = False
+    """True if the devices of each node divide a copy of their own (HSDP); gradients are then summed
+    over the nodes in the last micro-batch."""
 
 
 def seconds_with_recomputation(seconds: LayerSeconds, model: LayerGraph) -> LayerSeconds:
@@ -95,6 +107,33 @@ def shard_seconds(
     return pairs[:, 0], pairs[:, 1]
 
 
+def _sharers(cluster: Cluster, step: ShardedStep) -> list[str]:
+    """Returns the devices that divide one copy of the weights: all, or those of the first node."""
+    node = cluster.nodes[0].name if step.within_nodes else None
+    every = devices_of(cluster)
+    return [device.name for device in every if node is None or device.node == node]
+
+
+def _copies_seconds(
+    model: LayerGraph,
+    cluster: Cluster,
+    step: ShardedStep,
+    links: Topology,
+    step_latency: float,
+    width: float,
+) -> float:
+    """Returns the seconds to sum the gradients of the nodes' copies: the devices of a node share
+    its adapters, so all shards together pass as one ring of nodes would pass the whole."""
+    if not step.within_nodes or len(cluster.nodes) == 1:
+        return 0.0
+    first: dict[str, str] = {}
+    for device in devices_of(cluster):
+        first.setdefault(device.node, device.name)
+    size = num_parameters(model) * 4.0 * width
+    ring = all_reduce(links, list(first.values()), size, step_latency=step_latency)
+    return uncontended_seconds(links, ring)
+
+
 def sharded_step_seconds(
     model: LayerGraph, cluster: Cluster, step: ShardedStep, profile: Profile | None = None
 ) -> float:
@@ -108,12 +147,12 @@ def sharded_step_seconds(
     model's precision.
     """
     kinds = sorted({device.type for device in devices_of(cluster)})
-    devices = [device.name for device in devices_of(cluster)]
+    devices = _sharers(cluster, step)
     links = topology(reached_links(cluster, profile))
     constants = system_constants(profile.calibration if profile else None)
-    gather, scatter = shard_seconds(
-        model, links, devices, ring_step_seconds(profile), constants.gradient_width
-    )
+    latency = ring_step_seconds(profile)
+    gather, scatter = shard_seconds(model, links, devices, latency, constants.gradient_width)
+    copies = _copies_seconds(model, cluster, step, links, latency, constants.gradient_width)
     again = gather if step.sharding == "full" else np.zeros(len(gather))
     slowest = 0.0
     for kind in kinds:
@@ -126,5 +165,34 @@ def sharded_step_seconds(
         share = num_parameters(model) / len(devices)
         update = optimizer_seconds(device, step.optimizer, share, profile, model.precision)
         once = float((forward + backward).sum())
-        slowest = max(slowest, step.micro_batches * once + update)
+        last = backward.sum(keepdims=True)
+        beside = overlapped(last, np.array([copies]), constants.shard_exposure) - last
+        slowest = max(slowest, step.micro_batches * once + float(beside[0]) + update)
     return slowest + overhead_seconds(profile)
+
+
+PREFETCHED = 2
+"""Layers whose weights are gathered at once: FSDP gathers one unit ahead of the one in use."""
+
+
+def sharded_memory_bytes(
+    model: LayerGraph, cluster: Cluster, step: ShardedStep, whole: DeviceMemory
+) -> float:
+    """Returns the peak bytes of tensors on each of the devices that divide a model's states.
+
+    `whole` is the memory of one device that holds all of them and works on the same rows. Its
+    activations and temporaries stay; weights, gradients and optimizer states are divided. Two
+    gathered layers and the gradient of one, in 16 bits (or fp32), take the place of the casts of
+    all weights. "gradients" keeps all layers gathered.
+    """
+    ways = len(_sharers(cluster, step))
+    unit = bytes_per_parameter(model.precision, step.optimizer)
+    trained = num_parameters(model)
+    size = unit.casts or unit.weights
+    largest = max(layer.parameters + layer.frozen_parameters for layer in model.layers)
+    gathered = PREFETCHED * largest if step.sharding == "full" else trained
+    states = (whole.parameters + whole.gradients + whole.optimizer) / ways
+    kinds = {device.type for device in devices_of(cluster)}
+    reserved = min(framework_bytes(cluster.types[kind]) for kind in kinds)
+    temporaries = whole.buffers - reserved - unit.casts * trained
+    return states + (gathered + largest) * size + whole.activations + temporaries

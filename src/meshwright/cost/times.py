@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from meshwright.cluster.spec import Cluster
 from meshwright.cluster.topology import Topology, topology
 from meshwright.cost.compute import LayerSeconds, layer_seconds
-from meshwright.cost.links import reached_links, ring_step_seconds
+from meshwright.cost.links import ring_step_seconds
 from meshwright.cost.profile import Profile
+from meshwright.cost.reached_links import reached_links
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Stage
 from meshwright.program.operations import Op

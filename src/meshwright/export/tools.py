@@ -32,7 +32,7 @@ RUNTIME_OF: Mapping[str, RuntimeName] = {
     "accelerate": "fsdp",
     PIPELINING: "fsdp",
 }
-"""With the habits of which system each tool runs a plan."""
+"""Names the system with whose habits each tool runs a plan."""
 
 
 def check_tool(tool: str) -> None:

@@ -28,7 +28,7 @@ def with_unfused_attention(model: LayerGraph, heads: int) -> LayerGraph:
     scores = float(heads * model.sequence**2 * size)
 
     def saving(division: Division) -> Division:
-        divided = scores if division.saved_bytes else 0.0
+        divided = scores if division.flops or division.saved_bytes else 0.0
         return replace(
             division,
             traffic_bytes=division.traffic_bytes + MOVED * divided,

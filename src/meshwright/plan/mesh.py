@@ -98,9 +98,14 @@ def _groups(inner_widths: Widths, axis: Axis) -> tuple[tuple[int, ...], ...]:
 
 def mesh_of(stage: Stage) -> Mesh[str]:
     """Returns the devices of a stage of a plan on its mesh."""
+    return mesh_of_replicas(stage.devices)
+
+
+def mesh_of_replicas(replicas: tuple[tuple[str, ...], ...]) -> Mesh[str]:
+    """Returns the devices of a stage's replicas on its mesh."""
     return Mesh(
-        members=tuple(chain.from_iterable(stage.devices)),
-        inner_widths=tuple((len(replica),) for replica in stage.devices),
+        members=tuple(chain.from_iterable(replicas)),
+        inner_widths=tuple((len(replica),) for replica in replicas),
     )
 
 

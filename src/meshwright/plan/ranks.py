@@ -9,7 +9,16 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
 
-from meshwright.plan.mesh import AXES, Axis, Coordinates, Mesh, mesh_of, stacked, widths_text
+from meshwright.plan.mesh import (
+    AXES,
+    Axis,
+    Coordinates,
+    Mesh,
+    mesh_of,
+    mesh_of_replicas,
+    stacked,
+    widths_text,
+)
 from meshwright.plan.spec import BoundaryKind, Job, Pipeline, Plan, ScheduleName, Stage
 from meshwright.records import record
 from meshwright.techniques import provided
@@ -91,12 +100,11 @@ def stage_placements(plan: Plan) -> tuple[StagePlacement, ...]:
 def _placements(
     devices: tuple[str, ...], pipelines: tuple[Pipeline, ...]
 ) -> tuple[StagePlacement, ...]:
-    rank_of = {device: rank for rank, device in enumerate(devices)}
     found: list[StagePlacement] = []
     for p, pipeline in enumerate(pipelines):
         position_of = {s: g for g, held in enumerate(stage_layout(pipeline)) for s in held}
         for s, stage in enumerate(pipeline.stages):
-            number = len(found)
+            number, intervals = len(found), row_intervals(stage, pipeline.rows)
             found.append(
                 StagePlacement(
                     number=number,
@@ -107,18 +115,28 @@ def _placements(
                     layers=stage.layers,
                     boundary=stage.boundary or "direct",
                     plan_stage=stage,
-                    mesh=_placed_mesh(stage, number, p, pipeline.rows, rank_of),
+                    mesh=_placed_mesh(stage.devices, intervals, number, p, devices),
                 )
             )
     return tuple(found)
 
 
+@lru_cache(maxsize=4)
+def _rank_of(devices: tuple[str, ...]) -> Mapping[str, int]:
+    return {device: rank for rank, device in enumerate(devices)}
+
+
+@lru_cache(maxsize=64)  # plans whose stages differ in their layers alone share what they place
 def _placed_mesh(
-    stage: Stage, number: int, pipeline: int, rows: int, rank_of: Mapping[str, int]
+    replicas: tuple[tuple[str, ...], ...],
+    intervals: tuple[tuple[int, int], ...],
+    number: int,
+    pipeline: int,
+    devices: tuple[str, ...],
 ) -> Mesh[RankPlacement]:
-    """Returns the mesh of a stage with the placement of each rank; `rows` are those of a
-    micro-batch."""
-    mesh, intervals = mesh_of(stage), row_intervals(stage, rows)
+    """Returns the mesh of a stage with the placement of each rank, given the devices and the rows
+    of its replicas."""
+    rank_of, mesh = _rank_of(devices), mesh_of_replicas(replicas)
     widths = [(len(mesh.inner_widths), *own) for own in mesh.inner_widths]
     members = (
         RankPlacement(

@@ -19,6 +19,7 @@ from meshwright.cost.links import (
     collective_times,
     fit_line,
     fitted_cluster,
+    measured_link,
     pair_classes,
     pair_times,
 )
@@ -49,8 +50,9 @@ def measure_links(cluster: Cluster, device: torch.device, *, repeats: int) -> Li
         inside = next(node.inside for node in cluster.nodes if node.name == devices[a].node)
         points = [_median(one_round_trip(((a, b),), size, device), repeats) for size in SIZES]
         latency, bandwidth = fit_line(SIZES, points)
+        together = _together(devices, a, b, latency, device, repeats)
         shared = level == "inside" and inside.shared
-        found[level] = Link(bandwidth=bandwidth, latency=latency, shared=shared)
+        found[level] = measured_link(latency, bandwidth, together, shared=shared)
     small = _median(one_all_reduce(SIZES[0], device), repeats)
     own = LinkTimes(all_reduce_latency=small / (2 * (world - 1)), **found)
     return broadcast_record(0, own, LinkTimes)
@@ -66,6 +68,27 @@ def representative_pairs(devices: Sequence[Device]) -> dict[str, tuple[int, int]
                       one.site != other.site)  # fmt: skip
             pairs.setdefault(LEVELS[sum(parted)], (a, b))
     return dict(sorted(pairs.items(), key=lambda item: LEVELS.index(item[0])))
+
+
+def _together(
+    devices: Sequence[Device],
+    a: int,
+    b: int,
+    latency: float,
+    device: torch.device,
+    repeats: int,
+) -> float | None:
+    """Measures the bytes per second of messages of all devices of two nodes at the same time; None
+    inside a node, and where a node has one device."""
+    here, there = (
+        [rank, *(r for r, d in enumerate(devices) if d.node == devices[rank].node and r != rank)]
+        for rank in (a, b)
+    )
+    pairs = tuple(zip(here, there, strict=False))
+    if devices[a].node == devices[b].node or len(pairs) < 2:
+        return None
+    seconds = _median(one_round_trip(pairs, SIZES[-1], device), repeats)
+    return len(pairs) * SIZES[-1] / max(seconds - latency, 1e-9)
 
 
 def one_round_trip(

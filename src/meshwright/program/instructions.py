@@ -87,7 +87,24 @@ def micro_batches_of(i: Instruction) -> range:
 
 def of_micro_batch(patterns: Iterable[Instruction], micro_batch: int) -> list[Instruction]:
     """Returns instructions that are alike but for their micro-batch for one of them."""
-    return [tuple.__new__(Instruction, (*i[:2], micro_batch, *i[3:])) for i in patterns]
+    found = []
+    for op, stage, _, several, peer, rows, part, layers, tied, tile, ranks, size in patterns:
+        of_one = (
+            op,
+            stage,
+            micro_batch,
+            several,
+            peer,
+            rows,
+            part,
+            layers,
+            tied,
+            tile,
+            ranks,
+            size,
+        )
+        found.append(tuple.__new__(Instruction, of_one))
+    return found
 
 
 def collective_key(i: Instruction) -> tuple[object, ...]:

@@ -20,8 +20,8 @@ class NamedLoad:
 
 
 def resource_name(resource: Resource) -> str:
-    """Names a resource for people: `a:0 out`, `a:0 island out`, `b bus`, `c network in`, `home
-    uplink out`, `a > b`.
+    """Names a resource for people: `a:0 out`, `a:0 island out`, `a:0 network flow out`, `b bus`, `c
+    network in`, `home uplink out`, `a > b`.
 
     A resource with one capacity for both directions has no direction in its name; if it is an
     explicit link, it reads `a - b`.
@@ -30,6 +30,8 @@ def resource_name(resource: Resource) -> str:
         arrow = "-" if resource.direction == "both" else ">"
         return f"{resource.owner} {arrow} {resource.peer}"
     words = [resource.owner]
+    if resource.kind == "flow":
+        words.append(resource.peer)
     if resource.kind != "port":
         words.append(resource.kind)
     if resource.direction != "both":

@@ -9,8 +9,9 @@ the original.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heapreplace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,9 @@ from numpy.typing import NDArray
 from meshwright.stopping import raise_if_stopped
 
 Array = NDArray[np.float64]
+
+ROUNDING = 1e-9
+"""Share by which a bound may exceed what it bounds because seconds are added in another order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +134,7 @@ def assign_faithfully(
     cut layers 0..i into j + 1 stages when a later stage already takes m. Two oddities are part of
     it. The boundary seconds of a cut count when it is compared with the best cut so far, but are
     left out of the value that is kept, which later cuts have to beat. The first of equals wins. The
-    table is filled for all i and m at once.
+    table is filled for all i and m at once, but for those m that the layers after i cannot take.
     """
     layers, weight = len(times), micro_batches - 1
     sums = np.full((layers, layers), np.inf)
@@ -139,26 +143,32 @@ def assign_faithfully(
     marks = np.unique(np.append(sums[np.isfinite(sums)], 0.0))
     index = np.searchsorted(marks, sums)
     excess = np.maximum(0.0, marks[:, None] - marks) * weight
-    best = excess[index[0]]
-    chosen = np.zeros((stages, layers, len(marks)), dtype=np.intp)
+    best = np.full((stages, layers, len(marks)), np.inf)
+    best[0] = excess[index[0]]
+    chosen = np.zeros(best.shape, dtype=np.int32)
     columns = np.arange(len(marks))
-    for stage in range(1, stages):
+    most = [*np.maximum.accumulate(index[:0:-1, -1])[-2::-1], 0]  # by cut, of the rows after it
+    for cut in range(layers - 1):
         raise_if_stopped()
-        before, best = best, np.full_like(best, np.inf)
-        end = layers - (stages - 1 - stage)  # later stages need a layer each
-        for cut in range(stage - 1, end - 1):
-            first = cut + 1 if stage < stages - 1 else layers - 1  # the whole chain, in the end
-            last = index[cut + 1, first:end]
-            value = before[cut][np.maximum(last[:, None], columns)] + excess[last]
+        last = index[cut + 1, cut + 1 :]
+        slowest = np.maximum(last[:, None], columns[: most[cut] + 1])
+        more = excess[last, : most[cut] + 1]
+        for stage in range(max(1, cut + 1 + stages - layers), min(stages, cut + 2)):
+            ahead = stage < stages - 1
+            # Later stages need a layer each; the last one ends the whole chain, with nothing after.
+            rows = slice(0, layers - (stages - 1 - stage) - cut - 1) if ahead else slice(-1, None)
+            width = most[cut] + 1 if ahead else 1
+            value = best[stage - 1, cut].take(slowest[rows, :width]) + more[rows, :width]
             value += cuts[cut, stage - 1]
-            rows = best[first:end]
-            better = value < rows
-            np.copyto(rows, value - cuts[cut, stage - 1], where=better)
-            np.copyto(chosen[stage, first:end], cut, where=better)
+            found = best[stage, cut + 1 :][rows, :width]
+            better = value < found
+            if better.any():
+                np.copyto(found, value - cuts[cut, stage - 1], where=better)
+                np.copyto(chosen[stage, cut + 1 :][rows, :width], cut, where=better)
     return _sizes(chosen, index)
 
 
-def _sizes(chosen: NDArray[np.intp], index: NDArray[np.intp]) -> tuple[int, ...]:
+def _sizes(chosen: NDArray[np.int32], index: NDArray[np.intp]) -> tuple[int, ...]:
     last, mark = chosen.shape[1] - 1, 0
     sizes = []
     for stage in range(chosen.shape[0] - 1, 0, -1):
@@ -218,14 +228,18 @@ def data_seconds(
     return worst
 
 
+def _layer_seconds(model: AmpModel, strategy: Strategy) -> Array:
+    """Returns the seconds of every assigned entry for a micro-batch: three times its forward."""
+    times = 3 * strategy.micro_batch * np.array(model.forward_seconds[strategy.tensor])
+    return times[list(model.assigned)]
+
+
 def predict(
     model: AmpModel, cluster: AmpCluster, strategy: Strategy, global_batch: int
 ) -> AmpPrediction:
-    """Returns AMP's assignment and step seconds for one strategy. A layer takes three times its
-    forward."""
+    """Returns AMP's assignment and step seconds for one strategy."""
     raise_if_stopped()
-    times = 3 * strategy.micro_batch * np.array(model.forward_seconds[strategy.tensor])
-    times = times[list(model.assigned)]
+    times = _layer_seconds(model, strategy)
     micro_batches = global_batch // strategy.data // strategy.micro_batch
     cuts = boundary_seconds(model, cluster, strategy)
     if micro_batches == 1:
@@ -242,13 +256,46 @@ def predict(
     )
 
 
-def rank(model: AmpModel, cluster: AmpCluster, global_batch: int) -> tuple[AmpPrediction, ...]:
-    """Returns the strategies of AMP's space, best first, without those that have more stages than
-    layers, which AMP's tables do not cover, or a tensor width without times."""
+def space(model: AmpModel, cluster: AmpCluster, global_batch: int) -> list[Strategy]:
+    """Returns AMP's strategies, without those that have more stages than layers, which its tables
+    do not cover, or a tensor width without times."""
     shared = model.uniform[1]
-    found = [
-        predict(model, cluster, strategy, global_batch)
+    return [
+        strategy
         for strategy in strategies(cluster, global_batch)
         if strategy.stages <= shared and strategy.tensor in model.forward_seconds
     ]
-    return tuple(sorted(found, key=lambda p: p.seconds))
+
+
+def rank(model: AmpModel, cluster: AmpCluster, global_batch: int) -> tuple[AmpPrediction, ...]:
+    """Returns the strategies of AMP's space, best first."""
+    every = space(model, cluster, global_batch)
+    return tuple(ranked(model, cluster, global_batch, every))
+
+
+def ranked(
+    model: AmpModel, cluster: AmpCluster, global_batch: int, chosen: Sequence[Strategy]
+) -> Iterator[AmpPrediction]:
+    """Yields some strategies, best first; each is predicted when no other has a lesser bound."""
+    queue: list[tuple[float, int, AmpPrediction | None]] = [
+        (_least_seconds(model, strategy, global_batch), number, None)
+        for number, strategy in enumerate(chosen)
+    ]
+    heapify(queue)
+    while queue:
+        _, number, known = queue[0]
+        if known is not None:
+            heappop(queue)
+            yield known
+        else:
+            found = predict(model, cluster, chosen[number], global_batch)
+            heapreplace(queue, (found.seconds, number, found))
+
+
+def _least_seconds(model: AmpModel, strategy: Strategy, global_batch: int) -> float:
+    """Returns a bound of what `predict` finds: equal stages, or the slowest layer alone, and
+    nothing but compute."""
+    times = _layer_seconds(model, strategy)
+    slowest = max(float(times.max()), float(times.sum()) / strategy.stages)
+    further = global_batch // strategy.data // strategy.micro_batch - 1
+    return (1 - ROUNDING) * (further * slowest + float(times.sum()))

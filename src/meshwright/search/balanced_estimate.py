@@ -12,14 +12,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meshwright.search.costs import Array
+from meshwright.cluster.spec import Link, flow_bandwidth
+from meshwright.cost.collective import least_sum_steps
+from meshwright.search.boundary_prices import copies
+from meshwright.search.costs import Array, hop_latency
 from meshwright.search.device_classes import DeviceClass
 from meshwright.search.pipeline_seconds import Order
 from meshwright.search.template_estimate import (
     EstimateContext,
     Ints,
     group_facts,
-    hop_latency,
     uplinks_between,
 )
 
@@ -143,8 +145,7 @@ def balanced(
     trip_P = depth_P * (_drained(context.order) * slowest_P + 2 * moved_P)
     trip_P += 2 * (prices.late + carried_P)
     exposed_P = _summed(prices, build_P, depths_FP, depth_P) - HIDDEN * slowest_P
-    hop = max(hop_latency(context.costs, context.classes[i].network) for i in builds.order)
-    rest_P = np.maximum(exposed_P, 0.0) + 2 * (devices_P - 1) * hop
+    rest_P = np.maximum(exposed_P, 0.0) + _norm(context, builds.order, devices_P)
     count_P = (share / builds.rows)[build_P]
     pace_P = np.maximum(slowest_P, np.maximum(moved_P, carried_P))
     room_P = (room_P - prices.always[build_P]) / prices.each[build_P]
@@ -179,7 +180,11 @@ def _transfer(context: EstimateContext, builds: Builds) -> Array:
         joined = context.classes[i].joined
         own_B = builds.rows / width_B * context.widest_cut
         run_B = context.classes[i].each // tensor // block_B
-        across_B = own_B * block_B * tensor / network.bandwidth + network.latency
+        times = copies(context.costs, tensor)
+        alone_B = np.maximum(
+            block_B * times / network.bandwidth, times / tensor / flow_bandwidth(network)
+        )
+        across_B = own_B * alone_B + network.latency
         inside_B = own_B / inside.bandwidth + inside.latency
         joined_B = own_B / joined.bandwidth + joined.latency
         between_B = -(-run_B // _per_island(context.classes[i], tensor, block_B)) - 1
@@ -203,7 +208,9 @@ def _across_sites(context: EstimateContext, builds: Builds) -> tuple[float, Arra
         latency, bandwidth = uplinks_between(context, here, there)
         late += latency
         slowest = max(slowest, 1 / bandwidth)
-    size_B: Array = np.asarray(builds.rows * (context.widest_cut * max(builds.tensors)))
+    size_B: Array = np.asarray(
+        builds.rows * (context.widest_cut * copies(context.costs, max(builds.tensors)))
+    )
     return late, size_B * slowest
 
 
@@ -220,10 +227,24 @@ def _reduction(
     )
     own_B: Array = 2 * (1 - 1 / width_B) * context.gradients
     own_B /= np.where(across_B, network.bandwidth, tensor * inside_B)
-    hops_B = np.where(across_B, 2 * (width_B - 1), 0)
-    ring_B: Array = hops_B * np.float64(hop_latency(context.costs, network))
+    ring_B: Array = np.where(across_B, _sum_latency(context, network, width_B), 0.0)
     run_B: Ints = np.where(across_B, device_class.each // tensor // block_B, 1)
     return own_B, ring_B, run_B
+
+
+def _sum_latency(context: EstimateContext, network: Link, members: Ints | Array) -> Array:
+    """Returns the latency [..] of sums among as many members on different nodes."""
+    known, at = np.unique(members, return_inverse=True)
+    steps = np.array([least_sum_steps(network, int(number)) for number in known])
+    found: Array = steps[at] * np.float64(hop_latency(context.costs, network))
+    return found
+
+
+def _norm(context: EstimateContext, order: Sequence[int], devices_P: Array) -> Array:
+    """Returns the seconds [P] of the norm over all devices, on the slowest network."""
+    networks = [context.classes[number].network for number in dict.fromkeys(order)]
+    found: Array = np.max([_sum_latency(context, each, devices_P) for each in networks], axis=0)
+    return found
 
 
 def _summed(prices: BuildPrices, build_P: Ints, depths_FP: Ints, depth_P: Ints) -> Array:

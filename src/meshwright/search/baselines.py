@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import numpy as np
 
 from meshwright.rivals import amp
-from meshwright.search.candidate import CandidatePipeline, StageDevices, excess_bytes
-from meshwright.search.candidate_estimate import candidate_seconds
+from meshwright.search.candidate import CandidatePipeline, excess_bytes
+from meshwright.search.candidate_estimate import candidate_seconds, compute_seconds
 from meshwright.search.costs import Costs, group_times
-from meshwright.search.layer_partition import Stages
+from meshwright.search.layer_partition import Stages, least_excess
 from meshwright.search.space import divisors, legal_widths, usable_devices
+from meshwright.search.stage_devices import StageDevices
 from meshwright.stopping import raise_if_stopped
 
 WORD_BYTES = 4
@@ -114,11 +116,21 @@ def even(costs: Costs) -> list[CandidatePipeline]:
 def amp_ranking(costs: Costs) -> list[CandidatePipeline]:
     """Ranks grids as AMP does on our layer times, averaged over the devices as AMP does; best
     first. Empty where nodes differ in their number of devices, which AMP cannot express."""
+    given = _amp_inputs(costs)
+    names = [device.name for device in usable_devices(costs)]
+    return [_transplanted(names, found) for found in amp.rank(*given)] if given else []
+
+
+AmpInputs = tuple[amp.AmpModel, amp.AmpCluster, int]
+"""A model, a cluster and the rows of a step."""
+
+
+def _amp_inputs(costs: Costs) -> AmpInputs | None:
+    """Returns what AMP plans for; None if it cannot express it."""
     devices = usable_devices(costs)
-    names = [device.name for device in devices]
     per_node = Counter(device.node for device in devices)
     if len(set(per_node.values())) > 1:
-        return []
+        return None
     devices_per_node = next(iter(per_node.values()))
     nodes = {node.name: node for node in costs.cluster.nodes}
     cluster = amp.AmpCluster(
@@ -132,9 +144,45 @@ def amp_ranking(costs: Costs) -> list[CandidatePipeline]:
         ),
     )
     legal = {tensor for _, tensor, _ in _all_widths(costs)}
-    model = _amp_model(costs, names, sorted(legal & set(divisors(devices_per_node))))
-    ranking = amp.rank(model, cluster, costs.job.global_batch)
-    return [_transplanted(names, prediction) for prediction in ranking]
+    tensors = sorted(legal & set(divisors(devices_per_node)))
+    model = _amp_model(costs, [device.name for device in devices], tensors)
+    return model, cluster, costs.job.global_batch
+
+
+def best_of_amp(costs: Costs) -> HandMade | None:
+    """Returns the first plan of AMP's ranking that fits without recomputation; else the one that
+    misses by least. What could not fit however its layers were cut is not ranked."""
+    given = _amp_inputs(costs)
+    if given is None:
+        return None
+    names = [device.name for device in usable_devices(costs)]
+    every = amp.space(*given)
+    least = {each: _least_excess_bytes(costs, names, each) for each in every}
+    for found in amp.ranked(*given, [each for each in every if least[each] <= 0]):
+        pipeline = _transplanted(names, found)
+        if excess_bytes(costs, pipeline, "1f1b") <= 0:
+            seconds = candidate_seconds(costs, (pipeline,), "1f1b")
+            return HandMade("amp", pipeline, seconds, fits=True)
+    nearest: tuple[float, float, int, CandidatePipeline] | None = None
+    for number, each in sorted(enumerate(every), key=lambda pair: least[pair[1]]):
+        if nearest is not None and least[each] > nearest[0]:
+            break
+        found = amp.predict(given[0], given[1], each, given[2])
+        pipeline = _transplanted(names, found)
+        rated = excess_bytes(costs, pipeline, "1f1b"), found.seconds, number, pipeline
+        nearest = min(nearest or rated, rated, key=itemgetter(0, 1, 2))
+    if nearest is None:
+        return None
+    pipeline = nearest[-1]
+    return HandMade("amp", pipeline, candidate_seconds(costs, (pipeline,), "1f1b"), fits=False)
+
+
+def _least_excess_bytes(costs: Costs, names: Sequence[str], chosen: amp.Strategy) -> float:
+    """Returns the bytes by which a strategy exceeds memory if its layers are cut for that alone."""
+    stages = in_rank_order(names, (chosen.data, chosen.tensor, chosen.stages))
+    devices = tuple(StageDevices(own, (chosen.micro_batch,) * len(own)) for own in stages)
+    count = costs.job.global_batch // chosen.data // chosen.micro_batch
+    return excess_bytes(costs, least_excess(costs, devices, count, "1f1b"), "1f1b")
 
 
 def _amp_model(costs: Costs, names: Sequence[str], tensors: list[int]) -> amp.AmpModel:
@@ -176,15 +224,13 @@ def best_by_hand(costs: Costs, name: str) -> HandMade | None:
     is none. Those of AMP are ranked as AMP does and never recompute, the others by our own
     estimate."""
     if name == "amp":
-        costs = replace(costs, recomputed=None)
+        return best_of_amp(replace(costs, recomputed=None))
     every = BASELINES[name](costs)
     excess = []
     for pipeline in every:
         raise_if_stopped()
         excess.append(excess_bytes(costs, pipeline, "1f1b"))
-        if name == "amp" and excess[-1] <= 0:
-            break
-    fitting = [each for each, missing in zip(every, excess, strict=False) if missing <= 0]
+    fitting = [each for each, missing in zip(every, excess, strict=True) if missing <= 0]
     best = _fastest(costs, fitting)
     if best is not None:
         return HandMade(name, *best, fits=True)
@@ -202,6 +248,8 @@ def _fastest(
     for pipeline in pipelines:
         raise_if_stopped()
         limit = best[1] if best else float("inf")
+        if best and compute_seconds(costs, pipeline, "1f1b") >= limit:
+            continue
         seconds = candidate_seconds(costs, (pipeline,), "1f1b", limit)
         if seconds < limit:
             best = pipeline, seconds

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from meshwright.cluster.link_rates import rate_of
+from meshwright.cluster.spec import Link
+from meshwright.cost.collective import least_step_seconds
 from meshwright.cost.memory import memory_tables, usable_bytes
 from meshwright.cost.weights import cast_bytes, stage_parameters, weight_bytes
 from meshwright.search.costs import Array, Costs, layer_times
@@ -252,10 +255,16 @@ def links_inside(costs: Costs, kind: str, tensor: int) -> list[tuple[float, floa
     }.values():
         widest = max(map(len, node.islands.groups)) if node.islands else 1
         if node.islands and widest >= tensor:
-            found.add((node.islands.link.latency, 1 / node.islands.link.bandwidth))
+            found.add((node.islands.link, 1))
         hops = max(2, -(-tensor // widest)) if node.inside.shared else 1
-        found.add((node.inside.latency, hops / node.inside.bandwidth))
-    return [(max(latency, costs.step_latency), slope) for latency, slope in found]
+        found.add((node.inside, hops))
+    return [_ring_step(costs, link, hops) for link, hops in found]
+
+
+def _ring_step(costs: Costs, link: Link, hops: int) -> tuple[float, float]:
+    rate = rate_of(link.kind)
+    slope = hops / link.bandwidth * (rate.sum_share if rate else 1.0)
+    return max(least_step_seconds(link), costs.step_latency), slope
 
 
 def _kept_bytes(costs: Costs, tensor: int) -> tuple[Array, Array]:

@@ -6,13 +6,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from math import lcm
+
+import numpy as np
 
 from meshwright.cluster.topology import Resource, path
-from meshwright.search.candidate import StageDevices, moves
-from meshwright.search.costs import Costs, remembered
+from meshwright.plan.spec import BoundaryKind
+from meshwright.search.costs import (
+    Array,
+    Costs,
+    TensorGroup,
+    remembered,
+    ring,
+    seconds_per_byte,
+    usual_cut_bytes,
+)
+from meshwright.search.stage_devices import StageDevices, moves
 
 TRANSFERS = 64
 """Largest number of transfers of one cut that are looked at one by one."""
+
+BLOCKING = 2.0
+"""Times its seconds that a gather counts where the kind of a cut is chosen: devices wait for it,
+while they work during transfers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +41,22 @@ class BoundaryPrice:
     """Seconds for each byte of a micro-batch, on the busiest resource."""
     occupied: tuple[tuple[Resource, float], ...]
     """The same for every resource."""
+    kind: BoundaryKind | None = None
+    """None: direct."""
+    gather: tuple[float, float] = (0.0, 0.0)
+    """Latency, and seconds for each byte of a micro-batch, of the gather of parts in the replica
+    that receives them longest."""
 
-    def seconds(self, size: float) -> float:
-        """Returns the seconds that a micro-batch of a number of bytes takes."""
-        return self.latency + self.slowest * size if size else 0.0
+    def gather_seconds(self, size: float) -> float:
+        """Returns the seconds in which the parts of a micro-batch of a number of bytes are put
+        together: the receiving devices do nothing else meanwhile."""
+        latency, each = self.gather
+        return latency + each * size if size else 0.0
+
+    def seconds(self, size_L: Array) -> Array:
+        """Returns the seconds [L] that micro-batches of these numbers of bytes take."""
+        latency, slowest = self.latency + self.gather[0], self.slowest + self.gather[1]
+        return np.where(size_L > 0, latency + slowest * size_L, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,45 +129,103 @@ def boundary_prices(
     return remembered(costs, ("crossings", here, there), priced)
 
 
+def boundary_kind(costs: Costs, here: StageDevices, there: StageDevices) -> BoundaryKind | None:
+    """Returns the kind of a cut between two stages; None where all kinds are alike, or direct
+    transfers are the quickest."""
+    if not _is_wide(costs, here, there):
+        return None
+    return boundary_prices(costs, here, there)[0].kind
+
+
+def copies(costs: Costs, tensor: int) -> int:
+    """Returns how often a row crosses a network between stages of a tensor width."""
+    return 1 if costs.scatters else tensor
+
+
+def _is_wide(costs: Costs, here: StageDevices, there: StageDevices) -> bool:
+    """True if the kind of a cut makes a difference and may be chosen."""
+    return costs.scatters and max(len(here.groups[0]), len(there.groups[0])) > 1
+
+
 @dataclass(slots=True)
 class _Way:
     """Counts the rows that cross each resource in one direction of a cut."""
 
-    rows: dict[Resource, int] = field(default_factory=dict)
+    rows: dict[Resource, float] = field(default_factory=dict)
     """Rows that cross each resource."""
     latency: float = 0.0
+    gathered: dict[TensorGroup, tuple[int, int]] = field(default_factory=dict)
+    """The gathers of each replica, and their rows."""
 
-    def add(self, costs: Costs, source: str, target: str, rows: int) -> None:
+    def send(self, costs: Costs, source: str, target: str, rows: float) -> None:
+        """Counts the rows that go from one device to another."""
         way = path(costs.links, source, target)
         if source != target:
             self.latency = max(self.latency, way.latency + costs.system.boundary)
         for resource in way.resources:
             self.rows[resource] = self.rows.get(resource, 0) + rows
 
+    def direct(self, costs: Costs, source: TensorGroup, target: TensorGroup, rows: int) -> None:
+        """Counts rows of which every device of the target receives all."""
+        for t, name in enumerate(target):
+            self.send(costs, source[t % len(source)], name, rows)
+
+    def scatter(self, costs: Costs, source: TensorGroup, target: TensorGroup, rows: int) -> None:
+        """Counts rows of which every device of both sides sends or receives an equal part."""
+        of = lcm(len(source), len(target))
+        for k in range(of):
+            sender, receiver = source[k * len(source) // of], target[k * len(target) // of]
+            self.send(costs, sender, receiver, rows / of)
+        number, before = self.gathered.get(target, (0, 0))
+        self.gathered[target] = number + 1, before + rows
+
+    def gather(self, costs: Costs, rows: int) -> tuple[float, float]:
+        """Returns the longest gather, given the rows of a micro-batch."""
+        found = [(0.0, 0.0)]
+        for group, (number, own) in self.gathered.items():
+            if len(group) > 1:  # half of an all-reduce, which gathers what it has summed
+                latency, each = seconds_per_byte(costs, [ring(costs, group)])
+                found.append((number * latency / 2, each / 2 * own / rows))
+        return max(found, key=lambda pair: pair[1])
+
 
 def _boundary_prices(
     costs: Costs, here: StageDevices, there: StageDevices
 ) -> tuple[BoundaryPrice, BoundaryPrice]:
+    direct = _of_kind(costs, here, there, None)
+    if not _is_wide(costs, here, there):
+        return direct
+    parts = _of_kind(costs, here, there, "scatter_gather")
+    size = usual_cut_bytes(costs) * sum(here.rows)
+
+    def taken(ways: tuple[BoundaryPrice, BoundaryPrice]) -> float:
+        moved = sum(way.latency + way.slowest * size for way in ways)
+        return moved + BLOCKING * sum(way.gather_seconds(size) for way in ways)
+
+    return parts if taken(parts) < taken(direct) else direct
+
+
+def _of_kind(
+    costs: Costs, here: StageDevices, there: StageDevices, kind: BoundaryKind | None
+) -> tuple[BoundaryPrice, BoundaryPrice]:
+    """Returns the crossings of activations and of gradients over a cut of a kind."""
     ahead, back = _Way(), _Way()
     counted, rows = 0, sum(here.rows)
+    add = _Way.scatter if kind else _Way.direct
     for i, j, moved in islice(moves(here, there), TRANSFERS):
-        source, target = here.groups[i], there.groups[j]
         counted += moved
-        for t, name in enumerate(target):
-            ahead.add(costs, source[t % len(source)], name, moved)
-        for t, name in enumerate(source):
-            back.add(costs, target[t % len(target)], name, moved)
+        add(ahead, costs, here.groups[i], there.groups[j], moved)
+        add(back, costs, there.groups[j], here.groups[i], moved)
     latency = max(ahead.latency, back.latency)
-    return _priced(costs, ahead, latency, rows, counted), _priced(
-        costs, back, latency, rows, counted
-    )
-
-
-def _priced(costs: Costs, way: _Way, latency: float, rows: int, counted: int) -> BoundaryPrice:
     capacity = costs.links.capacities
-    occupied = tuple(
-        (resource, moved / rows / capacity[resource] * scale)
-        for resource, moved in way.rows.items()
-        for scale in (rows / counted if resource.kind == "uplink" else 1.0,)
-    )
-    return BoundaryPrice(latency, max((each for _, each in occupied), default=0.0), occupied)
+
+    def priced(way: _Way) -> BoundaryPrice:
+        occupied = tuple(
+            (resource, moved / rows / capacity[resource] * scale)
+            for resource, moved in way.rows.items()
+            for scale in (rows / counted if resource.kind == "uplink" else 1.0,)
+        )
+        slowest = max((each for _, each in occupied), default=0.0)
+        return BoundaryPrice(latency, slowest, occupied, kind, way.gather(costs, rows))
+
+    return priced(ahead), priced(back)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, pairwise
+from math import lcm
 
 from meshwright.cost.collective import uncontended_seconds
 from meshwright.cost.compute import optimizer_seconds
@@ -18,7 +19,8 @@ from meshwright.cost.weights import stage_parameters
 from meshwright.plan.ranks import gradient_bytes
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.compile import REDUCE_NORM_BYTES
-from meshwright.search.candidate import CandidatePipeline, StageDevices, moves
+from meshwright.search.boundary_prices import boundary_kind
+from meshwright.search.candidate import CandidatePipeline
 from meshwright.search.costs import (
     Costs,
     TensorGroup,
@@ -31,6 +33,7 @@ from meshwright.search.costs import (
     scaled,
     seconds_per_byte,
 )
+from meshwright.search.stage_devices import StageDevices, moves
 
 MOST_GROUPS = 64
 """Tensor groups of a stage that are followed; leaving out the others only lowers the bound."""
@@ -148,6 +151,9 @@ def _transfers(
     costs: Costs, here: StageDevices, there: StageDevices, cut: int
 ) -> list[tuple[int, int, float, float]]:
     ahead, back = float(costs.table.cut[cut]), float(costs.table.cut_gradient[cut])
+    if boundary_kind(costs, here, there) == "scatter_gather":
+        parts = lcm(len(here.groups[0]), len(there.groups[0]))
+        ahead, back = ahead / parts, back / parts
     return [
         (
             i,

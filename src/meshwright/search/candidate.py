@@ -6,38 +6,22 @@ micro-batches."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 from meshwright.model.spec import structure_fingerprint
 from meshwright.plan.spec import Pipeline, Plan, PlanInput, ScheduleName, Stage
 from meshwright.program.schedules import in_flight
+from meshwright.search.boundary_prices import boundary_kind
 from meshwright.search.costs import (
     Costs,
-    TensorGroup,
     distinct_replicas,
     group_capacity,
     remembered,
     stage_bytes,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class StageDevices:
-    """Describes the devices of one stage; it knows its hash, for a search looks it up in tables
-    again and again."""
-
-    groups: tuple[TensorGroup, ...]
-    rows: tuple[int, ...]
-    """Rows of every micro-batch that each tensor group works on."""
-    _hash: int = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_hash", hash((self.groups, self.rows)))
-
-    def __hash__(self) -> int:
-        return self._hash
+from meshwright.search.stage_devices import StageDevices
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +62,14 @@ def micro_batch_sizes(pipelines: Sequence[CandidatePipeline]) -> tuple[tuple[int
 
 
 def as_pipeline(costs: Costs, pipeline: CandidatePipeline, schedule: ScheduleName) -> Pipeline:
-    """Returns the pipeline as plans write it: equal rows are not listed, and stages recompute that
-    do not fit otherwise."""
+    """Returns the pipeline as plans write it: equal rows are not listed, stages recompute that do
+    not fit otherwise, and cuts are of their quickest kind."""
     stages = tuple(
         Stage(
             layers=layers,
             devices=stage.groups,
             rows=None if len(set(stage.rows)) == 1 else stage.rows,
+            boundary=boundary_kind(costs, pipeline.stages[s - 1], stage) if s else None,
             recompute=must_recompute(costs, pipeline, s, schedule),
         )
         for s, (layers, stage) in enumerate(
@@ -220,21 +205,6 @@ def must_recompute(
     """True if a stage does not fit without recomputation, and may recompute. Where it fits, it
     would only take longer."""
     return costs.recomputed is not None and not stage_fits(costs, pipeline, s, schedule)
-
-
-def moves(source: StageDevices, target: StageDevices) -> Iterator[tuple[int, int, int]]:
-    """Yields (source group, target group, rows) of one micro-batch across a cut, in order."""
-    ends, goals = accumulate(source.rows), accumulate(target.rows)
-    end, goal = next(ends, None), next(goals, None)
-    i = j = at = 0
-    while end is not None and goal is not None:
-        to = min(end, goal)
-        yield i, j, to - at
-        at = to
-        if end == to:
-            i, end = i + 1, next(ends, None)
-        if goal == to:
-            j, goal = j + 1, next(goals, None)
 
 
 def tensor_widths(pipelines: Sequence[CandidatePipeline]) -> dict[int, set[int]]:

@@ -16,7 +16,7 @@ from meshwright.search.boundary_prices import (
     mean_period,
 )
 from meshwright.search.bounds import after_pipelines
-from meshwright.search.candidate import CandidatePipeline, StageDevices, must_recompute
+from meshwright.search.candidate import CandidatePipeline, must_recompute
 from meshwright.search.costs import (
     Costs,
     distinct_replicas,
@@ -25,8 +25,16 @@ from meshwright.search.costs import (
     remembered,
     split_prefix,
 )
-from meshwright.search.pipeline_seconds import Order, PipelinePrices, last_backwards
+from meshwright.search.pipeline_seconds import (
+    Order,
+    PipelinePrices,
+    add_host,
+    last_backwards,
+    let_senders_wait,
+    pipeline_seconds,
+)
 from meshwright.search.reduction_estimate import reduced
+from meshwright.search.stage_devices import StageDevices
 
 NO_USE = (0, 0.0)
 """Messages of a micro-batch on an idle link, and the seconds that they occupy it."""
@@ -34,6 +42,10 @@ NO_USE = (0, 0.0)
 UNDELAYED, DELAYED = 0.4, 0.4
 """Messages of several cuts meet on a link that is in use for more than UNDELAYED of the step, in
 any order: the step takes longer by DELAYED of the excess (`python benchmarks/closed_form.py`)."""
+
+
+ROUNDING = 1e-9
+"""Share by which a bound may exceed what it bounds because seconds are added in another order."""
 
 
 def candidate_seconds(
@@ -54,6 +66,13 @@ def candidate_seconds(
     if order != "best":
         return seconds
     return seconds + DELAYED * max(0.0, crowded_link(pipelines, every) - UNDELAYED * seconds)
+
+
+def compute_seconds(costs: Costs, pipeline: CandidatePipeline, order: Order) -> float:
+    """Returns a bound of `candidate_seconds`: what the pipeline takes if nothing has to be sent."""
+    prices = _stage_prices(costs, pipeline)
+    prices.ahead = prices.back = [0.0] * (len(pipeline.stages) - 1)
+    return (1 - ROUNDING) * pipeline_seconds(prices, pipeline.micro_batches, order)
 
 
 def crowded_link(pipelines: Sequence[CandidatePipeline], every: Sequence[PipelinePrices]) -> float:
@@ -92,19 +111,10 @@ def all_pipeline_prices(
                 for resource, each in message.occupied:
                     number, before = busy.get(resource, NO_USE)
                     busy[resource] = number + 1, before + each
-        if exposure := costs.system.send_exposure:
-            _let_senders_wait(prices, exposure)
+        let_senders_wait(prices, costs.system.send_exposure)
         prices.busy = busy
         prices.busiest = max((each for _, each in busy.values()), default=0.0)
     return every
-
-
-def _let_senders_wait(prices: PipelinePrices, exposure: float) -> None:
-    """Adds to the work of every stage the part of its messages for which it waits."""
-    for cut, (ahead, back) in enumerate(zip(prices.ahead, prices.back, strict=True)):
-        prices.forward[cut] += exposure * ahead
-        prices.backward[cut + 1] += exposure * back
-        prices.inputs[cut + 1] += exposure * back
 
 
 def _stage_prices(costs: Costs, pipeline: CandidatePipeline) -> PipelinePrices:
@@ -117,7 +127,8 @@ def _stage_prices(costs: Costs, pipeline: CandidatePipeline) -> PipelinePrices:
         )
     ]
     forward, backward, inputs, weights, held = map(list, zip(*found, strict=True))
-    return PipelinePrices(forward, backward, inputs, weights, held, [], [], 0.0)
+    prices = PipelinePrices(forward, backward, inputs, weights, held, [], [], 0.0)
+    return add_host(prices, costs.system.instruction)
 
 
 StagePrice = tuple[float, float, float, float, int]
@@ -155,12 +166,11 @@ def _priced_stage(
         micro_batches_held(costs, group, rows, layers, recompute=repeats)
         for group, rows in replicas
     ]
-    host = costs.system.instruction
     return (
-        ahead + host,
-        max(g[b] - g[a] for _, g in whole) + again + host,
-        max(i[b] - i[a] for i, _ in parts) + again + host,
-        max(w[b] - w[a] for _, w in parts) + host,
+        ahead,
+        max(g[b] - g[a] for _, g in whole) + again,
+        max(i[b] - i[a] for i, _ in parts) + again,
+        max(w[b] - w[a] for _, w in parts),
         min(held),
     )
 
@@ -175,12 +185,24 @@ def _messages(
     for (here, there), cut in zip(pairwise(pipeline.stages), pipeline.bounds[1:-1], strict=True):
         key = ("messages", here, there, cut)
         ahead, back = remembered(costs, key, partial(_both_ways, costs, here, there, cut))
-        found.append((Crossing(*ahead, period), Crossing(*back, period)))
+        found.append((Crossing(*ahead[:2], period), Crossing(*back[:2], period)))
+        _gather(prices, len(found), ahead[2], back[2])
     return found
 
 
-Message = tuple[float, Sequence[tuple[Resource, float]]]
-"""The seconds in which no byte of it moves, and those on every resource if nothing else uses it."""
+def _gather(prices: PipelinePrices, stage: int, ahead: float, back: float) -> None:
+    """Adds the gathers at the cut before a stage: that of activations to its forward, that of
+    gradients to the backward of the stage before."""
+    if ahead:
+        prices.forward[stage] += ahead
+    if back:
+        prices.backward[stage - 1] += back
+        prices.inputs[stage - 1] += back
+
+
+Message = tuple[float, Sequence[tuple[Resource, float]], float]
+"""The seconds in which no byte of it moves, those on every resource if nothing else uses it, and
+those in which its parts are gathered."""
 
 
 def _both_ways(
@@ -196,5 +218,6 @@ def _both_ways(
 
 def _message(way: BoundaryPrice, size: float) -> Message:
     if not size:
-        return 0.0, ()
-    return way.latency, [(name, each * size) for name, each in way.occupied]
+        return 0.0, (), 0.0
+    occupied = [(name, each * size) for name, each in way.occupied]
+    return way.latency, occupied, way.gather_seconds(size)

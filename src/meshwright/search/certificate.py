@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import ceil, log2
 
 import numpy as np
 
+from meshwright.cluster.link_rates import BETWEEN
+from meshwright.cost.collective import least_step_seconds
 from meshwright.cost.compute import optimizer_seconds
 from meshwright.model.spec import num_parameters
 from meshwright.plan.spec import Prediction
@@ -141,24 +144,31 @@ def least_ring_seconds(costs: Costs) -> Callable[[int], float]:
     """Returns the least latency of a ring, as a function of its number of devices. Even a ring that
     fits in one node may be on several nodes, whose network may be quicker."""
     nodes, sites = costs.cluster.nodes, costs.cluster.sites
-    direct = [each.link.latency for each in costs.cluster.direct]
+    direct = [each.link for each in costs.cluster.direct]
+    outside = [*(node.network for node in nodes), *direct]
+    own = [*(n.inside for n in nodes), *(n.islands.link for n in nodes if n.islands)]
     network = min(node.network.latency for node in nodes)
-    between = min([network, *direct])
-    islands = [node.islands.link.latency for node in nodes if node.islands]
-    anywhere = min(between, *(node.inside.latency for node in nodes), *islands)
     widest = max(len(node.devices) for node in nodes)
     held = Counter(d.site for d in costs.devices.values())
     largest, across = max(held.values()), 0.0
     uplinks = sorted(s.uplink.latency if s.uplink else 0.0 for s in sites if held[s.name])
     if len(uplinks) > 1 and not direct:
         across = network + uplinks[1]  # the slower end of the quickest pair
+    trees = any(link.kind in BETWEEN for link in outside)
+    between, anywhere = (min(map(least_step_seconds, x)) for x in (outside, [*outside, *own]))
 
     def seconds(number: int) -> float:
         if number < 2:
             return 0.0
         step = max(between if number > widest else anywhere, costs.step_latency)
         step = max(step, across) if number > largest else step
-        return 2 * (number - 1) * step
+        if not trees:
+            return 2 * (number - 1) * step
+        # On m nodes, l members on each, l - 1 + log2(m) steps there and back: log2(l m) or more.
+        over = max(-(-number // widest), 1 + (number > largest))
+        tree = 2 * ceil(log2(over)) * max(between, across if number > largest else 0.0)
+        slowest = 2 * (number - 1) * costs.step_latency
+        return max(2 * ceil(log2(number)) * anywhere, tree, slowest)
 
     return seconds
 

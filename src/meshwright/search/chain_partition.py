@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from meshwright.plan.spec import ScheduleName
 from meshwright.search.boundary_prices import boundary_prices
-from meshwright.search.candidate import CandidatePipeline, StageDevices
+from meshwright.search.candidate import CandidatePipeline
 from meshwright.search.costs import (
     Array,
     Costs,
@@ -27,6 +27,7 @@ from meshwright.search.costs import (
 from meshwright.search.incumbent import Strategy
 from meshwright.search.layer_partition import Stages, apportioned, fit_pipeline, stage_loads
 from meshwright.search.space import divisors, groups_by_node, legal_widths, rows_by_type
+from meshwright.search.stage_devices import StageDevices
 from meshwright.stopping import raise_if_stopped
 
 ROWS = 4
@@ -48,8 +49,8 @@ Choices = tuple[NDArray[np.int_], NDArray[np.int_]]
 """Say where the best stage ends [N + 1, L + 1] that begins at each tensor group and layer: the
 tensor group and the layer after its last ones."""
 
-Table = list[Array]
-"""Seconds [J, L + 1, L + 1], for each group i, of stages with groups [i, i + 1), [i, i + 2), ..."""
+Table = list[list[Array]]
+"""Seconds [L + 1, L + 1], for each group i, of stages with groups [i, i + 1), [i, i + 2), ..."""
 
 
 def cut_chain(
@@ -86,16 +87,16 @@ def _tables(
     costs: Costs, groups: Sequence[TensorGroup], rows: int, micro_batches: int, depth: int
 ) -> Iterator[Table]:
     """Yields the table of the stage that is the last of the row, the last but one, and so on: the
-    earlier, the more micro-batches it holds. They are large, so that no two are kept."""
-    table = _table(costs, groups, rows, micro_batches, 1)
+    earlier, the more micro-batches it holds."""
+    sums = _reductions(costs, groups, rows, micro_batches)
+    loads = _stage_loads(costs, groups, rows, 1)
+    table = _with_reductions(loads, sums)
     yield table
     most = min(depth, micro_batches)
-    ample = most == 1 or all(
-        map(np.array_equal, table, _table(costs, groups, rows, micro_batches, most))
-    )
+    ample = most == 1 or _equal(loads, _stage_loads(costs, groups, rows, most))
     for k in range(2, depth + 1):
         if not ample and k <= most:
-            table = _table(costs, groups, rows, micro_batches, k)
+            table = _with_reductions(_stage_loads(costs, groups[: 1 - k], rows, k), sums)
         yield table
 
 
@@ -105,13 +106,17 @@ def _one_stage_more(table: Table, after: Array) -> tuple[Array, Choices]:
     best = np.full(after.shape, np.inf)
     groups, layers = np.zeros(after.shape, dtype=int), np.zeros(after.shape, dtype=int)
     at = np.arange(after.shape[1])
-    for i, loads in enumerate(table):
-        worst = np.maximum(loads, after[i + 1 : i + 1 + len(loads), None, :])
-        least = worst.min(axis=2)
+    ends = np.flatnonzero(np.isfinite(after).any(axis=1))  # no stage ends anywhere else
+    for i in range(int(ends.max(initial=0))):
+        own = [j for j in ends.tolist() if i < j <= i + len(table[i])]
+        if not own:
+            continue
+        worst = [np.maximum(table[i][j - i - 1], after[j]) for j in own]
+        least = np.array([each.min(axis=1) for each in worst])
         more = least.argmin(axis=0)
         best[i] = least[more, at]
-        groups[i] = i + 1 + more
-        layers[i] = worst[more, at].argmin(axis=1)
+        groups[i] = np.array(own)[more]
+        layers[i] = np.array([worst[j][a] for a, j in enumerate(more.tolist())]).argmin(axis=1)
     return best, (groups, layers)
 
 
@@ -125,22 +130,61 @@ def _traced(groups: Sequence[TensorGroup], choices: Sequence[Choices]) -> Stages
     return tuple(stages)
 
 
-def _table(
-    costs: Costs, groups: Sequence[TensorGroup], rows: int, micro_batches: int, held: int
-) -> Table:
-    """Returns the seconds of a micro-batch, and of the part of the reduction that comes to it, on a
-    stage that holds `in_flight` micro-batches; infinite where they do not fit."""
-    number, size = len(groups), len(costs.model.layers) + 1
-    table = [np.empty((min(rows, number - i), size, size)) for i in range(number)]
-    gradients = _gradients(costs, len(groups[0]))
+def _stage_loads(costs: Costs, groups: Sequence[TensorGroup], rows: int, held: int) -> Table:
+    """Returns the seconds of a micro-batch on a stage that holds `held` of them; infinite where
+    they do not fit."""
+    number = len(groups)
+    table: Table = []
     for i in range(number):
         raise_if_stopped()
-        for j in range(i + 1, min(number, i + rows) + 1):
-            own = tuple(groups[i:j])
-            loads = stage_loads(costs, apportioned(costs, own, rows), held)
-            if j - i > 1:
-                loads = loads + gradients * _slope(costs, own) / micro_batches
-            table[i][j - i - 1] = loads
+        ends = range(i + 1, min(number, i + rows) + 1)
+        own = (apportioned(costs, tuple(groups[i:j]), rows) for j in ends)
+        table.append([stage_loads(costs, stage, held) for stage in own])
+    return table
+
+
+def _equal(one: Table, other: Table) -> bool:
+    """True if two tables are equal; arrays that they share are compared once."""
+    pairs = ((a, b) for own in zip(one, other, strict=True) for a, b in zip(*own, strict=True))
+    different = {(id(a), id(b)): (a, b) for a, b in pairs}.values()
+    return all(np.array_equal(a, b) for a, b in different)
+
+
+Reductions = list[list[tuple[float, Array]]]
+"""For stages as in a table: the seconds in which one gradient is summed, and [L + 1, L + 1] those
+of the part of the reduction that comes to a micro-batch."""
+
+
+def _reductions(
+    costs: Costs, groups: Sequence[TensorGroup], rows: int, micro_batches: int
+) -> Reductions:
+    number, gradients = len(groups), _gradients(costs, len(groups[0]))
+    known: dict[float, Array] = {}
+    found: Reductions = []
+    for i in range(number):
+        raise_if_stopped()
+        ends = range(i + 1, min(number, i + rows) + 1)
+        slopes = [_slope(costs, tuple(groups[i:j])) if j - i > 1 else 0.0 for j in ends]
+        for slope in slopes:
+            if slope not in known:
+                known[slope] = gradients * slope / micro_batches
+        found.append([(slope, known[slope]) for slope in slopes])
+    return found
+
+
+def _with_reductions(loads: Table, sums: Reductions) -> Table:
+    """Returns loads with the reductions of stages of several tensor groups; sums that are alike are
+    shared."""
+    known: dict[tuple[int, float], Array] = {}
+    table: Table = []
+    for every, reductions in zip(loads, sums, strict=False):
+        own = []
+        for each, (slope, seconds) in zip(every, reductions, strict=False):
+            key = id(each), slope
+            if key not in known:
+                known[key] = each + seconds if slope else each
+            own.append(known[key])
+        table.append(own)
     return table
 
 
@@ -166,8 +210,7 @@ def _borders(costs: Costs, groups: Sequence[TensorGroup], rows: int) -> Array:
         here, there = StageDevices((groups[j - 1],), (rows,)), StageDevices((groups[j],), (rows,))
         sizes = costs.table.cut, costs.table.cut_gradient
         for way, size in zip(boundary_prices(costs, here, there), sizes, strict=True):
-            found = np.where(size > 0, way.latency + way.slowest * rows * size, 0.0)
-            seconds[j] = np.maximum(seconds[j], found)
+            seconds[j] = np.maximum(seconds[j], way.seconds(rows * size))
     return seconds
 
 

@@ -13,20 +13,21 @@ from typing import TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cluster.spec import Cluster, Device, devices_of
+from meshwright.cluster.spec import Cluster, Device, Link, devices_of
 from meshwright.cluster.topology import Topology
 from meshwright.cost.collective import (
     Traffic,
     all_reduce,
     boundary_transfer,
     concurrent,
+    step_seconds,
     uncontended_seconds,
 )
 from meshwright.cost.compute import LayerSeconds, layer_seconds
 from meshwright.cost.constants import SystemConstants, system_constants
-from meshwright.cost.links import reached_links
 from meshwright.cost.memory import MemoryTable, memory_tables, stage_memory, usable_bytes
 from meshwright.cost.profile import Profile
+from meshwright.cost.reached_links import reached_links
 from meshwright.cost.runtimes import as_run_by
 from meshwright.cost.times import (
     LayerTimeCache,
@@ -91,6 +92,8 @@ class Costs:
     """The table of stages that recompute; None if no stage may."""
     repeats: bool
     """Every stage recomputes, and `table` is that of such stages."""
+    scatters: bool
+    """Cuts may be of the kind scatter_gather where that is quicker."""
     devices: dict[str, Device]
     _inside: dict[str, int]
     """Number of the links inside each node."""
@@ -112,10 +115,11 @@ def costs_of(
     profile: Profile | None = None,
     *,
     recomputation: bool = False,
+    scatters: bool = False,
 ) -> Costs:
     """Makes the prices of a model on a cluster, of which none is worked out before it is asked for.
     Measured links replace those of the cluster. `recomputation`: stages that do not fit otherwise
-    may recompute."""
+    may recompute; `scatters`: tensors may cross cuts in parts that are gathered behind them."""
     profile = as_run_by(job.runtime, profile, model)
     stated_cluster, cluster = cluster, reached_links(cluster, profile)
     tables, times = memory_tables(model, job), layer_time_cache(model, stated_cluster, profile)
@@ -135,6 +139,7 @@ def costs_of(
         table=tables.plain,
         recomputed=tables.recomputed if recomputation else None,
         repeats=False,
+        scatters=scatters,
         devices={device.name: device for device in devices_of(cluster)},
         _inside={name: numbers[own] for name, own in links.items()},
     )
@@ -321,6 +326,12 @@ def reduced_width(costs: Costs) -> float:
     return gradient_bytes(costs.job) * costs.system.gradient_width
 
 
+def usual_cut_bytes(costs: Costs) -> float:
+    """Returns the bytes that a row carries across a usual cut."""
+    inner = costs.table.cut[1:-1]
+    return remembered(costs, ("usual cut",), lambda: float(np.median(inner)) if len(inner) else 0.0)
+
+
 def own_parameters(costs: Costs, layers: tuple[int, int], tensor: int) -> float:
     """Returns the trained numbers on each tensor rank of a stage that are not tied."""
     return float(untied_parameters(costs.table.weights.trained, layers, tensor))
@@ -336,12 +347,20 @@ def reduced_bytes(costs: Costs, layers: tuple[int, int], tensor: int) -> tuple[f
 
 
 def ring(costs: Costs, members: tuple[str, ...]) -> Traffic:
-    """Returns the traffic of an all-reduce of PROBE_BYTES among devices."""
+    """Returns the traffic of an all-reduce of PROBE_BYTES among devices, with the least latency:
+    that of a small one."""
     if members not in costs._rings:
-        costs._rings[members] = all_reduce(
-            costs.links, members, PROBE_BYTES, step_latency=costs.step_latency
+        large, small = (
+            all_reduce(costs.links, members, size, step_latency=costs.step_latency)
+            for size in (PROBE_BYTES, 1.0)
         )
+        costs._rings[members] = replace(large, latency=small.latency)
     return costs._rings[members]
+
+
+def hop_latency(costs: Costs, link: Link) -> float:
+    """Returns the latency of one step of a ring."""
+    return max(step_seconds(link), costs.step_latency)
 
 
 def pair(costs: Costs, source: str, target: str) -> Traffic:

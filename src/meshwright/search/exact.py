@@ -16,13 +16,14 @@ from math import comb, prod
 
 from meshwright.plan.spec import ScheduleName
 from meshwright.search.bounds import after_pipelines, pipeline_bound
-from meshwright.search.candidate import CandidatePipeline, StageDevices, fits, tensor_widths_agree
+from meshwright.search.candidate import CandidatePipeline, fits, tensor_widths_agree
 from meshwright.search.candidate_estimate import pipeline_prices
 from meshwright.search.costs import Costs
 from meshwright.search.device_patterns import DevicePattern, concrete, device_patterns, strategies
 from meshwright.search.incumbent import SAME
 from meshwright.search.pipeline_seconds import pipeline_seconds
 from meshwright.search.space import divisors
+from meshwright.search.stage_devices import StageDevices
 from meshwright.stopping import raise_if_stopped
 
 LIMIT = 12_000

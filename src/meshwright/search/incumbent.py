@@ -39,9 +39,9 @@ WORK = 16_000
 first plan and those made by hand: the normal end of a search, the same on every machine."""
 
 
-STEPS_KEPT, SHORT = 12, 5_000
-"""Simulated steps that are kept, to say where their seconds go, beside those with fewer
-instructions."""
+STEPS_KEPT, STEPS_ALIKE, SHORT = 12, 4, 5_000
+"""Simulated steps that are kept, to say where their seconds go, and those of them whose plans have
+the same name, beside those with fewer instructions."""
 
 MOMENT_SECONDS = 1.5
 """How long a search that was told to stop may go on until it has a first plan."""
@@ -147,16 +147,26 @@ def simulate_and_record(incumbent: Incumbent, plan: Plan, name: str) -> Evaluate
     step = simulated(costs, plan)
     evaluated = Evaluated(name, plan, step.step_seconds)
     insort(incumbent.steps, (evaluated, step), key=lambda pair: pair[0].seconds)
-    incumbent.steps = [
-        kept
-        for n, kept in enumerate(incumbent.steps)
-        if n < STEPS_KEPT or len(kept[1].executed) < SHORT
-    ]
+    incumbent.steps = _worth_keeping(incumbent.steps)
     if incumbent.best is None or evaluated.seconds < incumbent.best.seconds:
         incumbent.best = evaluated
         incumbent.found(evaluated.seconds)
     incumbent.others.append(evaluated)
     return evaluated
+
+
+def _worth_keeping(
+    steps: Sequence[tuple[Evaluated, SimulatedStep]],
+) -> list[tuple[Evaluated, SimulatedStep]]:
+    """Returns the steps of plans that may be told about in the end; few of one name are."""
+    kept: list[tuple[Evaluated, SimulatedStep]] = []
+    names = Counter[str]()
+    for each, step in steps:
+        names[each.plan.name] += 1
+        fast = len(kept) < STEPS_KEPT and names[each.plan.name] <= STEPS_ALIKE
+        if fast or len(step.executed) < SHORT:
+            kept.append((each, step))
+    return kept
 
 
 def try_candidate(incumbent: Incumbent, strategy: Strategy) -> bool:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.schedules import in_flight
 from meshwright.search.boundary_prices import boundary_prices
-from meshwright.search.candidate import CandidatePipeline, StageDevices
+from meshwright.search.candidate import CandidatePipeline
 from meshwright.search.costs import (
     Array,
     Costs,
@@ -35,6 +35,7 @@ from meshwright.search.costs import (
     remembered,
     stage_bytes,
 )
+from meshwright.search.stage_devices import StageDevices
 from meshwright.techniques.activation_checkpointing.price import repeated_seconds
 
 Loads = Sequence[Array]
@@ -88,23 +89,31 @@ def _trace(choice: NDArray[np.intp]) -> tuple[int, ...]:
     return tuple(reversed(bounds))
 
 
-def _shortest(loads: Loads, cuts: Array, bottleneck: float) -> tuple[tuple[int, ...], float, float]:
-    """Returns the cuts with the least sum of loads and boundary seconds among those where no stage
-    takes longer than `bottleneck`; that sum; and the slowest stage's seconds."""
+Cut = tuple[tuple[int, ...], float, float]
+"""Cuts, the sum of loads and boundary seconds, and the slowest stage's seconds."""
+
+
+def _shortest(loads: Loads, cuts: Array, bottlenecks: Sequence[float]) -> list[Cut]:
+    """Returns, for each of some bottlenecks, the cuts with the least sum of loads and boundary
+    seconds among those where no stage takes longer than it."""
     size = len(loads[0])
-    allowed = {id(own): np.where(own <= bottleneck, own, np.inf) for own in distinct(loads)}
-    cost = np.full(size, np.inf)
-    cost[0] = 0.0
+    most = np.array(bottlenecks)[:, None, None]
+    allowed = {id(own): np.where(own <= most, own, np.inf) for own in distinct(loads)}
+    costs = np.full((len(bottlenecks), size), np.inf)
+    costs[:, 0] = 0.0
     starts = []
     for s, own in enumerate(loads):
-        starts.append(cost + cuts[s - 1] if s else cost)
-        cost = np.minimum.reduce(starts[s][:, None] + allowed[id(own)], axis=0)
-    bounds = [size - 1]
-    for start, own in zip(reversed(starts), reversed(loads), strict=True):
-        bounds.append(int((start + allowed[id(own)][:, bounds[-1]]).argmin()))
-    bounds.reverse()
-    slowest = max(float(own[a, b]) for own, (a, b) in zip(loads, pairwise(bounds), strict=True))
-    return tuple(bounds), float(cost[-1]), slowest
+        starts.append(costs + cuts[s - 1] if s else costs)
+        costs = np.minimum.reduce(starts[s][:, :, None] + allowed[id(own)], axis=1)
+    found = []
+    for n, cost in enumerate(costs[:, -1].tolist()):
+        bounds = [size - 1]
+        for start, own in zip(reversed(starts), reversed(loads), strict=True):
+            bounds.append(int((start[n] + allowed[id(own)][n, :, bounds[-1]]).argmin()))
+        bounds.reverse()
+        slowest = max(float(own[at]) for own, at in zip(loads, pairwise(bounds), strict=True))
+        found.append((tuple(bounds), cost, slowest))
+    return found
 
 
 def distinct(loads: Loads) -> list[Array]:
@@ -213,7 +222,7 @@ def recut(
     for s, (here, there) in enumerate(pairwise(stages)):
         cuts[s] = cut_seconds(costs, here, there)
     weight = micro_batches - 1
-    found = [_shortest(loads, cuts, most) for most in (least, least * ROOMY)]
+    found = _shortest(loads, cuts, (least, least * ROOMY))
     bounds, total, slowest = min(found, key=lambda each: weight * each[2] + each[1])
     return Fitted(CandidatePipeline(stages, bounds, micro_batches), total, slowest)
 
@@ -237,14 +246,15 @@ def _stage_excess(costs: Costs, stage: StageDevices, held: int) -> Array:
     if that may be; infinite where a stage would be empty."""
     replicas = distinct_replicas(costs, stage.groups, stage.rows)
     kinds = frozenset((group_kind(costs, group), rows) for group, rows in replicas)
-    key = ("stage excess", kinds, held)
-    return remembered(costs, key, lambda: _replicas_excess(costs, replicas, held))
+    recompute = costs.recomputed is not None
+    key = ("stage excess", kinds, held, recompute)
+    make = partial(_replicas_excess, costs, replicas, held, recompute=recompute)
+    return remembered(costs, key, make)
 
 
-def _replicas_excess(costs: Costs, replicas: Replicas, held: int) -> Array:
+def _replicas_excess(costs: Costs, replicas: Replicas, held: int, *, recompute: bool) -> Array:
     every = []
     for group, rows in replicas:
-        recompute = costs.recomputed is not None
         always, each = stage_bytes(costs, len(group), rows, recompute=recompute)
         every.append(always + each * held - group_capacity(costs, group))
     found: Array = np.max(every, axis=0)
@@ -255,15 +265,13 @@ def _replicas_excess(costs: Costs, replicas: Replicas, held: int) -> Array:
 def least_bottleneck(loads: Loads) -> float | None:
     """Returns the seconds of the slowest stage, `PRECISE` of the least possible, of loads that grow
     with every layer; None if no cuts avoid forbidden ranges."""
-    rows_of = {id(table): list(table) for table in distinct(loads)}
-    rows = [rows_of[id(table)] for table in loads]
-    high = _bottleneck_within(rows, _MOST)
+    high = _bottleneck_within(loads, _MOST)
     if high is None:
         return None
     low = max(float(np.minimum.reduce(table.diagonal(1))) for table in distinct(loads))
     while high > low * (1 + PRECISE):
         middle = 0.5 * (low + high)
-        found = _bottleneck_within(rows, middle)
+        found = _bottleneck_within(loads, middle)
         if found is None:
             low = middle
         else:
@@ -271,14 +279,14 @@ def least_bottleneck(loads: Loads) -> float | None:
     return high
 
 
-def _bottleneck_within(rows: Sequence[Sequence[Array]], most: float) -> float | None:
+def _bottleneck_within(loads: Loads, most: float) -> float | None:
     """Returns the slowest stage where each, from the first on, takes as many layers as it can in
     `most` seconds; None if some are left over."""
-    last = len(rows[0]) - 1
+    last = len(loads[0]) - 1
     at, slowest = 0, 0.0
-    for s, table in enumerate(rows):
+    for s, table in enumerate(loads):
         row = table[at]
-        end = bisect_right(row, most, at + 1, last + 2 - len(rows) + s) - 1
+        end = bisect_right(row, most, at + 1, last + 2 - len(loads) + s) - 1
         if end <= at:
             return None
         slowest = max(slowest, float(row[end]))
@@ -325,12 +333,19 @@ def _slowest(costs: Costs, replicas: Replicas, held: int, *, recompute: bool) ->
 def _replica_loads(
     costs: Costs, group: TensorGroup, rows: int, held: int, *, recompute: bool
 ) -> Array:
+    key = ("roomy loads", group_kind(costs, group), rows, recompute)
+    make = partial(_roomy_loads, costs, group, rows, recompute=recompute)
+    roomy: Array = remembered(costs, key, make)
+    always, each = stage_bytes(costs, len(group), rows, recompute=recompute)
+    return np.where(always + each * held > group_capacity(costs, group), np.inf, roomy)
+
+
+def _roomy_loads(costs: Costs, group: TensorGroup, rows: int, *, recompute: bool) -> Array:
+    """Returns the seconds of a replica on devices that hold everything."""
     forward, backward = group_times(costs, group, rows)
     if recompute:
         backward = backward + repeated_seconds(costs.model, (0, len(forward)), forward)
     loads: Array = chain_loads((forward + backward)[None])[0]
-    always, each = stage_bytes(costs, len(group), rows, recompute=recompute)
-    loads[always + each * held > group_capacity(costs, group)] = np.inf
     return loads
 
 
@@ -345,5 +360,5 @@ def _cut_seconds(costs: Costs, here: StageDevices, there: StageDevices) -> Array
     seconds = np.zeros(len(costs.table.cut))
     sizes = costs.table.cut, costs.table.cut_gradient
     for way, bytes_L in zip(boundary_prices(costs, here, there), sizes, strict=True):
-        seconds += np.where(bytes_L > 0, way.latency + way.slowest * rows * bytes_L, 0.0)
+        seconds += way.seconds(rows * bytes_L)
     return seconds

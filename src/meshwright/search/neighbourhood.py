@@ -11,11 +11,12 @@ from dataclasses import replace
 from itertools import pairwise
 
 from meshwright.plan.spec import ScheduleName
-from meshwright.search.candidate import CandidatePipeline, StageDevices
+from meshwright.search.candidate import CandidatePipeline
 from meshwright.search.costs import Costs, TensorGroup, group_kind
 from meshwright.search.incumbent import Strategy
 from meshwright.search.layer_partition import Stages, fit_pipeline
 from meshwright.search.space import divisors, legal_widths, tensor_groups, usable_devices
+from meshwright.search.stage_devices import StageDevices
 
 STEPS = (1, 2, 4)
 """Rows or layers moved at once."""

@@ -34,7 +34,7 @@ class PipelinePrices:
     backward: list[float]
     inputs: list[float]
     """The part of a backward that computes the gradients of the inputs."""
-    weights: Sequence[float]
+    weights: list[float]
     """The part that computes those of the weights."""
     held: Sequence[int]
     """Micro-batches that each stage has memory for."""
@@ -44,6 +44,28 @@ class PipelinePrices:
     """Seconds that a micro-batch occupies the busiest link, over all cuts."""
     busy: dict[Resource, tuple[int, float]] = field(default_factory=dict)
     """The same of every link, after the number of messages of a micro-batch on it."""
+
+
+def add_host(prices: PipelinePrices, host: float) -> PipelinePrices:
+    """Adds the host's seconds of an instruction to the work of every stage. One that trains nothing
+    has no backward for the host to issue."""
+    prices.forward[:] = [each + host for each in prices.forward]
+    for work in (prices.backward, prices.inputs, prices.weights):
+        work[:] = [each + host if each else 0.0 for each in work]
+    return prices
+
+
+def let_senders_wait(prices: PipelinePrices, exposure: float) -> PipelinePrices:
+    """Adds to the work of every stage the part of its messages for which it waits: what is left of
+    a message is on its way while the sender goes on."""
+    if exposure:
+        for cut, (ahead, back) in enumerate(zip(prices.ahead, prices.back, strict=True)):
+            prices.forward[cut] += exposure * ahead
+            prices.backward[cut + 1] += exposure * back
+            prices.inputs[cut + 1] += exposure * back
+        prices.ahead = [each * (1 - exposure) for each in prices.ahead]
+        prices.back = [each * (1 - exposure) for each in prices.back]
+    return prices
 
 
 def pipeline_seconds(prices: PipelinePrices, micro_batches: int, order: Order) -> float:

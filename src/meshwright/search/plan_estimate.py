@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from meshwright.cost.collective import least_sum_steps
 from meshwright.cost.links import overhead_seconds
+from meshwright.search.costs import hop_latency
 from meshwright.search.pipeline_seconds import pipeline_seconds
-from meshwright.search.template_estimate import EstimateContext, TemplateEstimate, hop_latency
+from meshwright.search.template_estimate import EstimateContext, TemplateEstimate
 
 
 def after(context: EstimateContext, estimates: Sequence[TemplateEstimate]) -> float:
@@ -15,11 +17,12 @@ def after(context: EstimateContext, estimates: Sequence[TemplateEstimate]) -> fl
     used = {s.device_class for each in estimates for s in each.template.runs}
     count = sum(each.template.devices for each in estimates)
     sites = {context.classes[number].site for number in used}
-    step = max(hop_latency(context.costs, context.classes[number].network) for number in used)
+    networks = [context.classes[number].network for number in used]
+    step = max(hop_latency(context.costs, network) for network in networks)
     if len(sites) > 1:
         uplinks = [u.latency for site in sites if (u := context.costs.links.uplinks[site])]
         step += max(uplinks, default=0.0)
-    norm = 2 * (count - 1) * step if count > 1 else 0.0
+    norm = max(least_sum_steps(network, count) for network in networks) * step
     optimizer = max(each.optimizer for each in estimates)
     return norm + optimizer + overhead_seconds(context.costs.profile)
 

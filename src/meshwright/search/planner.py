@@ -49,6 +49,8 @@ from meshwright.search.incumbent import (
 from meshwright.search.inputs import check_inputs
 from meshwright.search.local_search import improve, regular_steps
 from meshwright.search.options import options_without
+from meshwright.search.options.boundary_kinds import OPTION as BOUNDARY_KINDS
+from meshwright.search.options.boundary_kinds import wide_cuts, with_boundaries
 from meshwright.search.regular import (
     Explored,
     RegularPipeline,
@@ -116,7 +118,8 @@ def find_plan(  # noqa: PLR0913 - options, each with a default
     deadline = None if budget_seconds is None else time.monotonic() + budget_seconds
     check_inputs(model, cluster, job)
     options = options_without(forbidden)
-    costs = costs_of(model, cluster, job, profile, recomputation=True)
+    scatters = BOUNDARY_KINDS in options
+    costs = costs_of(model, cluster, job, profile, recomputation=True, scatters=scatters)
     incumbent = Incumbent(
         costs,
         cluster_fingerprint(cluster),
@@ -248,6 +251,7 @@ def _play_by_hand(incumbent: Incumbent, field: Sequence[HandMade], tell: Progres
             incumbent.pruned["beyond the budget"] += len(field) - index
             break
         plan = plan_of(incumbent.costs, (each.pipeline,), "1f1b", incumbent.cluster_print)
+        plan = with_boundaries(plan, wide_cuts(plan), None)  # as people write them
         hopeless = incumbent.best and each.seconds > HOPELESS * incumbent.best.seconds
         most = MOST_HOPELESS if hopeless else SIMULATED_WORK
         if incumbent.best and work_of(incumbent.costs, plan) > most:

@@ -11,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from meshwright.cost.collective import Traffic, concurrent
+from meshwright.cluster.topology import Topology
+from meshwright.cost.collective import Traffic, concurrent, uncontended_seconds
 from meshwright.cost.pricing import Prices, price_program
 from meshwright.plan.ranks import stage_layout, stage_placements
 from meshwright.plan.spec import Pipeline, Plan
@@ -33,6 +34,7 @@ from meshwright.search.costs import Costs
 from meshwright.search.pipeline_seconds import Span
 from meshwright.search.reduction_estimate import alone_after, reduced
 from meshwright.simulate.symmetry import find_symmetry, priced_for_all
+from meshwright.techniques.pipeline_parallel.operations import GATHERS
 
 PROBED = 4
 """Micro-batches of which one has a whole backward, one a backward in two parts, and two have weight
@@ -41,6 +43,7 @@ parts that are joined."""
 THERE_AND_BACK = (Op.FORWARD, Op.BACKWARD)
 PROBED_PARTS = ("compute", "transfers")
 """Parts of a step that are priced: the rest comes after the last backwards."""
+GATHERED = frozenset(GATHERS.values())
 WORKS = (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
 
 
@@ -67,7 +70,7 @@ def pipeline_works(plan: Plan, costs: Costs) -> list[Work]:
     """Returns what the stages of every pipeline of a plan do, in seconds and bytes. A stage takes
     as long as its slowest rank."""
     program, prices = _priced(plan, costs)
-    by_stage = _by_stage(program, prices)
+    by_stage = _by_stage(program, prices, costs.links)
     room = _rooms(plan, costs, prices)
     stages = stage_placements(plan)
     numbers = [[s.number for s in stages if s.pipeline == p] for p in range(len(plan.pipelines))]
@@ -156,8 +159,8 @@ def _there_and_back(pipeline: Pipeline) -> tuple[str, ...]:
     return as_actions(pipeline, tuple(found))
 
 
-def _by_stage(program: Program, prices: Prices) -> dict[tuple[int, str], float]:
-    """Returns the most of any rank, by stage and kind of work."""
+def _by_stage(program: Program, prices: Prices, links: Topology) -> dict[tuple[int, str], float]:
+    """Returns the most of any rank, by stage and kind of work, with the gathers before it."""
     found: dict[tuple[int, str], float] = {}
 
     def most(key: tuple[int, str], value: float) -> None:
@@ -165,11 +168,15 @@ def _by_stage(program: Program, prices: Prices) -> dict[tuple[int, str], float]:
 
     for instructions, own in zip(program.ranks, prices.ranks, strict=True):
         full: dict[int, float] = {}
+        gathering = 0.0
         for i, cost in zip(instructions, own, strict=True):
-            if i.op is Op.BACKWARD_WEIGHT and len(micro_batches_of(i)) > 1:
+            if i.op in GATHERED:  # what follows waits for it
+                gathering += uncontended_seconds(links, cost.traffic)
+            elif i.op is Op.BACKWARD_WEIGHT and len(micro_batches_of(i)) > 1:
                 most((i.stage, "joined"), cost.seconds)
             elif i.op in WORKS:
-                most((i.stage, i.op), cost.seconds)
+                most((i.stage, i.op), cost.seconds + gathering)
+                gathering = 0.0
                 if i.op is Op.FORWARD:
                     full[i.stage] = cost.held_bytes
                     most((i.stage, "full"), cost.held_bytes)

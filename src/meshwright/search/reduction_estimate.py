@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from meshwright.cluster.topology import Resource
-from meshwright.search.candidate import CandidatePipeline, StageDevices
+from meshwright.search.candidate import CandidatePipeline
 from meshwright.search.costs import (
     PROBE_BYTES,
     Costs,
@@ -18,6 +18,7 @@ from meshwright.search.costs import (
     ring,
 )
 from meshwright.search.pipeline_seconds import Span
+from meshwright.search.stage_devices import StageDevices
 
 
 def reduced(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from meshwright.plan.spec import ScheduleName
-from meshwright.search.candidate import CandidatePipeline, StageDevices
+from meshwright.search.candidate import CandidatePipeline
 from meshwright.search.costs import Costs, group_kind
 from meshwright.search.hill_climb import FITTING, FITTING_STAGE, LocalSearch, rate
 from meshwright.search.incumbent import Progress, Strategy
@@ -30,6 +30,7 @@ from meshwright.search.space import (
     rows_by_type,
     rows_in_order,
 )
+from meshwright.search.stage_devices import StageDevices
 from meshwright.search.template_builds import MOST_CELLS
 from meshwright.stopping import raise_if_stopped
 

@@ -15,23 +15,27 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cluster.spec import Link
+from meshwright.cluster.spec import Link, flow_seconds
+from meshwright.cost.collective import least_sum_steps
 from meshwright.cost.weights import stage_parameters
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.schedules import in_flight
+from meshwright.search.boundary_prices import copies
 from meshwright.search.bounds import optimizer_of
 from meshwright.search.candidate import divide_the_widest
 from meshwright.search.costs import (
     Costs,
     group_capacity,
     group_prefix,
+    hop_latency,
     micro_batches_held,
     reduced_width,
     split_prefix,
     stage_bytes,
+    usual_cut_bytes,
 )
 from meshwright.search.device_classes import DeviceClass, PipelineTemplate, StageRun
-from meshwright.search.pipeline_seconds import Order, PipelinePrices
+from meshwright.search.pipeline_seconds import Order, PipelinePrices, add_host, let_senders_wait
 
 Ints = NDArray[np.int64]
 
@@ -108,14 +112,13 @@ class EstimateContext:
 
 def estimate_context(costs: Costs, every: tuple[DeviceClass, ...], order: Order) -> EstimateContext:
     """Makes a context in which nothing has been computed yet."""
-    inner = costs.table.cut[1:-1]
     names = [layer.signature for layer in costs.model.layers]
     common, number = Counter(names).most_common(1)[0]
     return EstimateContext(
         costs=costs,
         order=order,
         classes=every,
-        widest_cut=float(np.median(inner)) if len(inner) else 0.0,
+        widest_cut=usual_cut_bytes(costs),
         gradients=float(stage_parameters(costs.table.weights, (0, len(names)), 1))
         * reduced_width(costs),
         common=(names.index(common), number),
@@ -289,27 +292,22 @@ def _prices(
     context: EstimateContext, template: PipelineTemplate, bounds: tuple[int, ...]
 ) -> PipelinePrices:
     costs, stages = context.costs, template.stages
-    host = costs.system.instruction
     forward, backward, inputs, weights, held = [], [], [], [], []
     for (run, rows), (a, b) in zip(stages, pairwise(bounds), strict=True):
         ahead, back, _ = prefixes(context, run.device_class, run.tensor, rows)
         group = context.classes[run.device_class].nodes[0][: run.tensor]
         first, later = split_prefix(costs, group, rows)
-        forward.append(ahead[b] - ahead[a] + host)
-        backward.append(back[b] - back[a] + host)
-        inputs.append(first[b] - first[a] + host)
-        weights.append(later[b] - later[a] + host)
+        forward.append(ahead[b] - ahead[a])
+        backward.append(back[b] - back[a])
+        inputs.append(first[b] - first[a])
+        weights.append(later[b] - later[a])
         held.append(micro_batches_held(costs, group, rows, (a, b)))
     moved = [
         transfer_seconds(context, template, s, stages[s][0], stages[s + 1][0])
         for s in range(len(stages) - 1)
     ]
-    return PipelinePrices(forward, backward, inputs, weights, held, moved, moved, 0.0)
-
-
-def hop_latency(costs: Costs, link: Link) -> float:
-    """Returns the latency of one step of a ring."""
-    return max(link.latency, costs.step_latency)
+    found = PipelinePrices(forward, backward, inputs, weights, held, moved, moved, 0.0)
+    return let_senders_wait(add_host(found, costs.system.instruction), costs.system.send_exposure)
 
 
 def reduction_seconds(
@@ -330,8 +328,10 @@ def reduction_seconds(
         within *= device_class.each // max(1, device_class.island // tensor)
     if width == run.block and not crowded:
         return within + 2 * (width - 1) * hop_latency(context.costs, inside)
-    across = passed * tensor * per_node / device_class.network.bandwidth
-    return max(within, across) + 2 * (width - 1) * hop_latency(context.costs, device_class.network)
+    network = device_class.network
+    across = flow_seconds(network, passed, tensor * per_node)
+    latency = least_sum_steps(network, width) * hop_latency(context.costs, network)
+    return max(within, across) + latency
 
 
 def transfer_seconds(
@@ -343,22 +343,24 @@ def transfer_seconds(
 ) -> float:
     """Returns the seconds of a usual activation to the next stage, all replicas at once."""
     source, target = (context.classes[here.device_class], context.classes[there.device_class])
-    rows = template.rows
-    fixed = context.costs.system.boundary
-    each = rows / here.width * context.widest_cut
+    costs, fixed = context.costs, context.costs.system.boundary
+    carried = template.rows * context.widest_cut
+    each = carried / here.width
     inside = _link_inside(context, template, stage, here) if here == there else None
     if inside:
         shared = here.block * here.tensor if inside.shared else 1
         return fixed + inside.latency + each * shared / inside.bandwidth
-    ends = [(source, here), (target, there)]
+    ends = [(source.network, here), (target.network, there)]
     seconds = max(
-        rows / s.width * s.block * s.tensor * context.widest_cut / device_class.network.bandwidth
-        for device_class, s in ends
+        flow_seconds(
+            network, carried / s.width * copies(costs, s.tensor) / s.tensor, s.block * s.tensor
+        )
+        for network, s in ends
     )
-    latency = max(device_class.network.latency for device_class, _ in ends)
+    latency = max(network.latency for network, _ in ends)
     if source.site != target.site:
         late, bandwidth = uplinks_between(context, here.device_class, there.device_class)
-        carried = rows * max(here.tensor, there.tensor) * context.widest_cut
+        carried *= copies(costs, max(here.tensor, there.tensor))
         seconds, latency = max(seconds, carried / bandwidth), max(latency, late)
     return fixed + latency + seconds
 

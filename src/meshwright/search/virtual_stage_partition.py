@@ -18,7 +18,7 @@ from meshwright.plan.ranks import StageLayout
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.codes import Codes, F, I
 from meshwright.program.schedules import schedule_codes
-from meshwright.search.candidate import CandidatePipeline, StageDevices
+from meshwright.search.candidate import CandidatePipeline
 from meshwright.search.costs import (
     Array,
     Costs,
@@ -28,6 +28,7 @@ from meshwright.search.costs import (
     stage_bytes,
 )
 from meshwright.search.layer_partition import cut_seconds
+from meshwright.search.stage_devices import StageDevices
 from meshwright.stopping import raise_if_stopped
 from meshwright.techniques.activation_checkpointing.price import repeated_seconds
 
@@ -86,7 +87,7 @@ def cut_virtual_stages(
         raise_if_stopped()
         moved = bounds + reach * shifts
         moved = moved[(np.diff(moved, axis=1) > 0).all(axis=1)]
-        seconds = _seconds(tables, moved) if len(moved) else np.array([np.inf])
+        seconds = _seconds(tables, moved, best) if len(moved) else np.array([np.inf])
         choice = int(seconds.argmin())
         if seconds[choice] < best * (1 - 1e-9):
             bounds, best, reach = moved[choice], float(seconds[choice]), 1
@@ -140,15 +141,22 @@ def _of_group(own: Codes, stages: int) -> NDArray[np.intp]:
     moment is left out if every stage holds at least as many at another one."""
     now = [0] * stages
     found: dict[tuple[int, ...], None] = {}
+    grown = False  # else there were as many of each before
     for code in own:
         kind, stage = code & 3, code >> 2
         if kind == F:
             now[stage] += 1
+            grown = True
         else:
-            found[tuple(now)] = None
+            if grown:
+                found[tuple(now)] = None
+                grown = False
             now[stage] -= kind != I
     every = np.array([*found], dtype=np.intp)
-    covered = (every[:, None] <= every[None]).all(axis=2).sum(axis=1) > 1
+    within = np.ones((len(every), len(every)), dtype=bool)
+    for held in every.T:
+        within &= held[:, None] <= held
+    covered = within.sum(axis=1) > 1
     kept: NDArray[np.intp] = every[~covered]
     return kept
 
@@ -204,25 +212,28 @@ def _shifts(size: int) -> NDArray[np.intp]:
     return np.array(rows, dtype=np.intp).reshape(-1, size)
 
 
-def _seconds(tables: _CutTables, bounds: NDArray[np.intp]) -> Array:
+def _seconds(tables: _CutTables, bounds: NDArray[np.intp], limit: float = float("inf")) -> Array:
     """Returns the seconds of each choice of cuts [N, K + 1]:
 
         M * busiest group + (G - 1) * slowest stage / 3 + transfers of one micro-batch
 
-    and more where groups are overfull. A pipeline fills in the time of the forwards, a third, of
-    G - 1 stages, not of G - 1 groups; while it drains there are gradients of weights to do. The
-    groups' quadratic mean counts a little, for where two are the busiest, relieving one must show.
+    and more where groups are overfull, of those that take less than `limit` without. A pipeline
+    fills in the time of the forwards, a third, of G - 1 stages, not of G - 1 groups; while it
+    drains there are gradients of weights to do. The groups' quadratic mean counts a little, for
+    where two are the busiest, relieving one must show.
     """
     stages, groups = tables.member.shape
     at = np.arange(stages), bounds[:, :-1], bounds[:, 1:]
     load = tables.loads[at]
     busy = load @ tables.member
     busiest = busy.max(axis=1) + EVENNESS * np.sqrt((busy**2).mean(axis=1))
-    moving = np.maximum.reduceat(tables.each[at] @ tables.held, tables.moments, axis=1)
-    excess = np.maximum(tables.always[at] @ tables.member + moving - 1, 0).sum(axis=1)
     across = tables.cuts[at[0][:-1], bounds[:, 1:-1]].sum(axis=1)
     seconds: Array = tables.micro_batches * busiest + (groups - 1) * load.max(axis=1) / 3 + across
-    seconds += OVERFULL * tables.loads[:, 0, -1].max() * excess
+    near = np.flatnonzero(seconds < limit)
+    at = np.arange(stages), bounds[near, :-1], bounds[near, 1:]
+    moving = np.maximum.reduceat(tables.each[at] @ tables.held, tables.moments, axis=1)
+    excess = np.maximum(tables.always[at] @ tables.member + moving - 1, 0).sum(axis=1)
+    seconds[near] += OVERFULL * tables.loads[:, 0, -1].max() * excess
     return seconds
 
 

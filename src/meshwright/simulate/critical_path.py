@@ -6,6 +6,8 @@ from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from operator import itemgetter
 
 from meshwright.program.instructions import Instruction
 from meshwright.program.operations import Op, completing
@@ -74,6 +76,7 @@ class _Done:
     computed: list[Executed] = field(default_factory=list)
     received: list[Executed] = field(default_factory=list)
     norm: list[Executed] = field(default_factory=list)
+    sent: list[Executed] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -90,6 +93,8 @@ class _LookedUp:
     """What was received, by operation, stage and micro-batch."""
     channels: dict[tuple[Op, int | None], InOrder] = field(default_factory=dict)
     """The same by operation and the rank that sends."""
+    sent: InOrder = field(default_factory=lambda: InOrder(()))
+    """What was sent."""
 
 
 class _CriticalPath:
@@ -99,22 +104,27 @@ class _CriticalPath:
     def __init__(self, step: Timeline | SimulatedStep) -> None:
         self.tolerance = 1e-9 * step.step_seconds
         self.does, self.every = _as_executed(step)
-        self.ranks: dict[int, _Done] = defaultdict(_Done)
-        self.reductions: list[Executed] = []
+        by_rank: dict[int, list[Executed]] = defaultdict(list)
         for each in self.every:
-            op = self.does[each[0]][each[1]].op
-            if op.stream == "compute":
-                self.ranks[each[0]].computed.append(each)
-            elif op.stream == "receive":
-                self.ranks[each[0]].received.append(each)
-            elif op.of_gradients:
-                self.reductions.append(each)
-            elif op.awaits == "all":
-                self.ranks[each[0]].norm = [each]
+            by_rank[each[0]].append(each)
+        self.ranks: dict[int, _Done] = defaultdict(_Done)
+        sums: list[Executed] = []
+        for rank, own in sorted(by_rank.items()):
+            own.sort(key=_begin)
+            kinds = [_kind(i.op) for i in self.does[rank]]
+            self.ranks[rank] = _Done(
+                computed=[each for each in own if kinds[each[1]] == "compute"],
+                received=[each for each in own if kinds[each[1]] == "receive"],
+                sent=[each for each in own if kinds[each[1]] == "send"],
+                norm=[each for each in own if kinds[each[1]] == "norm"][-1:],
+            )
+            sums += (each for each in own if kinds[each[1]] == "sum")
+        self.reductions = sorted(sums, key=_begin)
         self.compute = {
-            rank: InOrder(own.computed) for rank, own in sorted(self.ranks.items()) if own.computed
+            rank: InOrder(own.computed) for rank, own in self.ranks.items() if own.computed
         }
         self.known: dict[int, _LookedUp] = {}
+        self.measured = isinstance(step, Timeline) and step.source == "measured"
 
     def indexed(self, rank: int) -> _LookedUp:
         """Returns the index of a rank."""
@@ -130,6 +140,7 @@ class _CriticalPath:
             index.reads[i.op, i.stage, i.micro_batch].append(each)
             channels[i.op, i.peer].append(each)
         index.channels = {key: InOrder(own) for key, own in channels.items()}
+        index.sent = InOrder(sorted(self.ranks[rank].sent, key=lambda each: each[3]))
         return index
 
     def latest(self, every: Iterable[Executed], before: float) -> list[Executed]:
@@ -155,7 +166,8 @@ class _CriticalPath:
             return [*own, *(gate for group in ends for gate in self.latest(group, before))]
         if i.op.stream == "compute":
             read = i.op.reads
-            return [*own, *self.read((read, *completing(read)) if read else (), rank, i, before)]
+            reads = self.read((read, *completing(read)) if read else (), rank, i, before)
+            return [*own, *reads, *self.waited([*own, *reads], rank, before)]
         if i.op.blocks and i.op.reads:
             return [*own, *self.read((i.op.reads,), rank, i, before)]
         if i.op.kind == "collective":
@@ -172,6 +184,13 @@ class _CriticalPath:
             *(channel.latest(before, self.tolerance) if channel else ()),
             *self.computed(target, before),
         ]
+
+    def waited(self, gates: Sequence[Executed], rank: int, before: float) -> Sequence[Executed]:
+        """Returns what a rank sent last, if it computed nothing although all gates were open: in a
+        simulated step it waited for the message."""
+        if self.measured or any(ended >= before - self.tolerance for _, _, _, ended in gates):
+            return ()
+        return self.indexed(rank).sent.latest(before, self.tolerance)
 
     def read(
         self, kinds: Iterable[Op], rank: int, i: Instruction | Interval, before: float
@@ -192,12 +211,23 @@ class _CriticalPath:
         return max((ended for _, _, _, ended in self.computed(rank, before)), default=0.0)
 
 
+_begin = itemgetter(2)
+
+
+@cache
+def _kind(op: Op) -> str:
+    """Returns how the walk looks up an operation; empty for those that it never comes to so."""
+    if op.stream in ("compute", "receive", "send"):
+        return op.stream
+    return "sum" if op.of_gradients else "norm" if op.awaits == "all" else ""
+
+
 def _as_executed(
     step: Timeline | SimulatedStep,
 ) -> tuple[Mapping[int, Sequence[Instruction | Interval]], Sequence[Executed]]:
-    """Returns what every rank did, and when, in the order of a timeline."""
+    """Returns what every rank did, and when, that of each rank in some order of its own."""
     if isinstance(step, SimulatedStep):
-        return dict(enumerate(step.program.ranks)), step.in_order()
+        return dict(enumerate(step.program.ranks)), step.executed
     does: dict[int, list[Interval]] = defaultdict(list)
     every = []
     for i in step.intervals:
@@ -226,7 +256,8 @@ def critical_path(step: Timeline | SimulatedStep) -> tuple[PathSegment, ...]:
 def _segments(walk: _CriticalPath, step_seconds: float) -> tuple[PathSegment, ...]:
     segments: list[PathSegment] = []
     now, seen = step_seconds, set[tuple[int, int]]()
-    gates = walk.latest(walk.every, now)
+    # As in a timeline: in the order of the begins, and of ranks.
+    gates = sorted(walk.latest(walk.every, now), key=itemgetter(2, 0))
     while gates:
         rank, index, start, ended = _likeliest(gates, walk.tolerance)
         seen.add((rank, index))
@@ -268,8 +299,8 @@ def step_breakdown(step: Timeline | SimulatedStep) -> dict[str, float]:
     for s in _segments(walk, step.step_seconds):
         seconds[s.part] += s.end_seconds - s.start_seconds
     busy = [
-        sum(e - b for _, n, b, e in own.every if walk.does[rank][n].op.part == "compute")
-        for rank, own in walk.compute.items()
+        sum(e - b for _, n, b, e in own.every if does[n].op.part == "compute")
+        for own, does in ((own, walk.does[rank]) for rank, own in walk.compute.items())
     ]
     needed = min(seconds["compute"], max(busy, default=0.0))
     seconds["bubble"] = seconds["compute"] - needed

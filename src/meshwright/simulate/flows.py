@@ -77,14 +77,20 @@ class FlowNetwork:
     """The flows whose share of some resource may have changed."""
     arrived: int = 0
     """The number of flows that have arrived so far."""
+    passing: dict[Streams, tuple[dict[Flow, None], ...]] = field(default_factory=dict)
+    """The flows on each resource of some streams, as in `flows`."""
     alone: dict[Streams, tuple[float, Resource]] = field(default_factory=dict)
     """The speed of each of some streams where nothing else passes, and what limits it."""
 
 
 def add_flow(network: FlowNetwork, flow: Flow, now: float) -> None:
     """Adds a flow to the network; `reshare_bandwidth` gives it its rate."""
-    for resource in flow.streams.bytes_by_resource:
-        network.flows.setdefault(resource, {})[flow] = None
+    passing = network.passing.get(flow.streams)
+    if passing is None:
+        every = (network.flows.setdefault(name, {}) for name in flow.streams.bytes_by_resource)
+        passing = network.passing[flow.streams] = tuple(every)
+    for others in passing:
+        others[flow] = None
     network.arrived += 1
     flow.since, flow.number = now, network.arrived
     network.touched[flow] = None
@@ -93,10 +99,10 @@ def add_flow(network: FlowNetwork, flow: Flow, now: float) -> None:
 def remove_flow(network: FlowNetwork, flow: Flow) -> None:
     """Removes a flow from the network; `reshare_bandwidth` gives its share to the others."""
     network.touched.pop(flow, None)
-    for resource in flow.streams.bytes_by_resource:
-        others = network.flows[resource]
+    for others in network.passing[flow.streams]:
         del others[flow]
-        network.touched.update(others)
+        if others:
+            network.touched.update(others)
 
 
 def reshare_bandwidth(network: FlowNetwork, now: float) -> list[Flow]:
@@ -123,9 +129,8 @@ def reshare_bandwidth(network: FlowNetwork, now: float) -> list[Flow]:
 
 def _is_alone(network: FlowNetwork, flow: Flow) -> bool:
     """Returns True if no other flow passes any resource of this one."""
-    flows = network.flows
-    for resource in flow.streams.bytes_by_resource:  # noqa: SIM110 - `all` is slower
-        if len(flows[resource]) > 1:
+    for others in network.passing[flow.streams]:  # noqa: SIM110 - `all` is slower
+        if len(others) > 1:
             return False
     return True
 
@@ -169,12 +174,13 @@ def fair_rates(bandwidth: Mapping[Resource, float], flows: Iterable[Flow]) -> di
 def _rates_alone(network: FlowNetwork, flows: Collection[Flow]) -> dict[Flow, float]:
     """Returns the same as `fair_rates`, for flows that share no resource with another, in the same
     order: the slowest first."""
-    for streams in (flow.streams for flow in flows):
-        if streams not in network.alone:
-            network.alone[streams] = _speed_alone(network.bandwidth, streams)
+    alone = network.alone
+    for flow in flows:
+        if flow.streams not in alone:
+            alone[flow.streams] = _speed_alone(network.bandwidth, flow.streams)
     if len(flows) > 1:
-        flows = sorted(flows, key=lambda flow: network.alone[flow.streams])
-    return {flow: network.alone[flow.streams][0] / flow.streams.bytes_each for flow in flows}
+        flows = sorted(flows, key=lambda flow: alone[flow.streams])
+    return {flow: alone[flow.streams][0] / flow.streams.bytes_each for flow in flows}
 
 
 def _speed_alone(bandwidth: Mapping[Resource, float], streams: Streams) -> tuple[float, Resource]:

@@ -74,12 +74,13 @@ def _divisions(
     """Yields the ways to divide a pipeline into identical slices, most slices first.
 
     With `across`, the tensor ranks of a replica become slices too; each replica must then be inside
-    one node.
+    one node, and all stages of one tensor width.
     """
     even = all(stage.rows is None or len(set(stage.rows)) == 1 for stage in pipeline.stages)
     meshes = [mesh_of(stage) for stage in pipeline.stages]
-    tensor = {width for mesh in meshes for width in mesh.widths("tensor")}
-    if not even or len(tensor) > 1:
+    widths = [set(mesh.widths("tensor")) for mesh in meshes]
+    tensor = set[int]().union(*widths)
+    if not even or any(len(own) > 1 for own in (widths if not across else [tensor])):
         return
     ranks = min(tensor) if across else 1
     units = [mesh.groups("tensor") for mesh in meshes]

@@ -126,7 +126,8 @@ class _Simulation:
     def advance(self, state: RankProgress) -> None:
         """Issues a rank's instructions up to the first one that keeps it busy or has to wait."""
         instructions = state.instructions
-        while not state.busy and state.position < len(instructions):
+        end = len(instructions)
+        while not state.busy and state.position < end:
             index = state.position
             i = instructions[index]
             op = i.op
@@ -150,14 +151,14 @@ class _Simulation:
 
     def compute(self, state: RankProgress, index: int, op: Op) -> None:
         state.busy = True
-        price = state.prices[index]
+        price, now = state.prices[index], self.now
         if op is Op.FORWARD:
             self.hold(state, price.held_bytes)
         for reduction, offset in price.completes:
-            self.at(self.now + offset, self.ready, (state.number, reduction))
+            self.at(now + offset, self.ready, (state.number, reduction))
         self.sequence += 1  # as `at` does, but at once
-        done = (state, index, op, self.now)
-        heappush(self.events, (self.now + price.seconds, self.sequence, self.computed, done))
+        done = (state, index, op, now)
+        heappush(self.events, (now + price.seconds, self.sequence, self.computed, done))
 
     def computed(self, state: RankProgress, index: int, op: Op, began: float) -> None:
         if op is not Op.FORWARD and (held := state.prices[index].held_bytes):
@@ -176,7 +177,8 @@ class _Simulation:
 
     def post(self, state: RankProgress, index: int, i: Instruction) -> None:
         op = i.op
-        if op.kind == "receive":
+        receives = op.kind == "receive"
+        if receives:
             state.awaited[op, i.stage, i.micro_batch] += 1
         if i.ranks:
             chain = self.chains.setdefault(chain_of(i), BroadcastQueue(i.ranks))
@@ -187,8 +189,9 @@ class _Simulation:
         channel = self.channel_of.get(key)
         if channel is None:
             channel = self.channel_of[key] = self.channel(state.number, i)
-        (channel.receives if op.kind == "receive" else channel.sends).append(index)
-        self.match(channel)
+        (channel.receives if receives else channel.sends).append(index)
+        if not channel.busy:
+            self.match(channel)
 
     def channel(self, rank: int, i: Instruction) -> MessageChannel:
         """Returns the channel of a send or receive of a rank."""
@@ -206,22 +209,25 @@ class _Simulation:
         return found
 
     def match(self, channel: MessageChannel) -> None:
-        """Begins the next message of a channel if both its send and its receive are posted."""
-        if channel.sends and channel.receives and not channel.busy:
+        """Begins the next message of an idle channel if its send and its receive are posted."""
+        if channel.sends and channel.receives:
             channel.busy = True
             send, receive = channel.sends.popleft(), channel.receives.popleft()
             traffic = channel.source.prices[send].traffic
             self.move(traffic, self.moved, channel, send, receive, self.now)
 
     def moved(self, channel: MessageChannel, send: int, receive: int, began: float) -> None:
-        target = channel.target
-        self.executed.append((channel.source.number, send, began, self.now))
-        self.executed.append((target.number, receive, began, self.now))
+        target, now = channel.target, self.now
+        self.executed += (
+            (channel.source.number, send, began, now),
+            (target.number, receive, began, now),
+        )
         i = target.instructions[receive]
         target.awaited[i.op, i.stage, i.micro_batch] -= 1
         channel.busy = False
         self.match(channel)
-        self.advance(target)
+        if not target.busy:
+            self.advance(target)
 
     def pass_on(self, chain: BroadcastQueue) -> None:
         """Begins the first broadcast whose sends and receives are all posted."""
@@ -291,14 +297,16 @@ class _Simulation:
 
     def move(self, traffic: Traffic, then: Callable[..., None], *arguments: Any) -> None:
         """Sends traffic: its latency, then its bytes."""
-        arrival = self.now + traffic.latency
-        if id(traffic) not in self.streams:
-            self.streams[id(traffic)] = _streams(traffic)
-        if (streams := self.streams[id(traffic)]) is None:
+        arrival, key = self.now + traffic.latency, id(traffic)
+        if key not in self.streams:
+            self.streams[key] = _streams(traffic)
+        if (streams := self.streams[key]) is None:
             self.at(arrival, then, *arguments)
         else:
             flow = Flow(streams, partial(then, *arguments), traffic.sender)
-            self.at(arrival, add_flow, self.network, flow, arrival)
+            self.sequence += 1  # as `at` does, but at once
+            arriving = (self.network, flow, arrival)
+            heappush(self.events, (arrival, self.sequence, add_flow, arriving))
 
     def leave(self, flow: Flow, version: int) -> None:
         """Ends a flow, unless its rate has changed since the forecast."""

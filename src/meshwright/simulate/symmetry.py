@@ -246,7 +246,7 @@ def _copies(resource: Resource, folded: Symmetry, pipeline: int) -> int:
             return folded.slices_by_uplink.get((resource.owner, pipeline), 1)
         case "link":
             return folded.slices_by_link.get((resource.owner, resource.peer), 1)
-        case "port" | "island":
+        case "port" | "island" | "flow":
             return 1
 
 
@@ -261,7 +261,7 @@ def _ring(
     sizes = traffic.bytes_by_resource
     return Traffic(
         bytes_by_resource={
-            resource: size * (1 if resource.kind in ("port", "island") else number)
+            resource: size * (1 if resource.kind in ("port", "island", "flow") else number)
             for resource, size in sizes.items()
             if _is_played(resource, folded, devices) or resource in kept
         },
@@ -286,7 +286,7 @@ def _is_played(resource: Resource, folded: Symmetry, devices: set[str]) -> bool:
     """Returns True if a resource belongs to a simulated device or node, or is an uplink or an
     explicit link, which all share."""
     match resource.kind:
-        case "port" | "island":
+        case "port" | "island" | "flow":
             return resource.owner in devices
         case "bus" | "network":
             return resource.owner in folded.slices_by_node

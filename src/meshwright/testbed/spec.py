@@ -161,6 +161,7 @@ def _emulated(entry: TestbedFile, cluster: Cluster, shares: dict[str, float]) ->
             each,
             bandwidth=each.bandwidth * entry.bandwidth_scale,
             latency=each.latency * entry.latency_scale,
+            single_flow=None,  # a shaped interface gives one message all that it has
         )
 
     def node(each: Node) -> Node:

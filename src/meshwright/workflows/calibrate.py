@@ -26,6 +26,7 @@ from meshwright.cost.fit_constants import (
     with_values,
 )
 from meshwright.cost.profile import Profile
+from meshwright.cost.reached_links import reached_links
 from meshwright.errors import FitError, Problem, ProfileError
 from meshwright.formats import parse_text
 from meshwright.plan.spec import Plan
@@ -72,8 +73,17 @@ def fit_parameters_for(cluster: Cluster, profile: Profile | None) -> tuple[FitPa
     for name in names:
         of_device = name in DEVICE_NAMES
         default = getattr(DEFAULT_DEVICE if of_device else DEFAULT_SYSTEM, name)
-        found.append(FitParameter(name=name, types=types if of_device else (), start=default))
+        start = _reached_share(cluster, name) if default is None else default
+        found.append(FitParameter(name=name, types=types if of_device else (), start=start))
     return tuple(found)
+
+
+def _reached_share(cluster: Cluster, name: str) -> float:
+    """Returns the share of their bandwidth that the links of the first node are held to reach."""
+    reached, node = reached_links(cluster, None).nodes[0], cluster.nodes[0]
+    if name == "inside_efficiency":
+        return reached.inside.bandwidth / node.inside.bandwidth
+    return reached.network.bandwidth / node.network.bandwidth
 
 
 def run_seconds(folder: Path) -> float:

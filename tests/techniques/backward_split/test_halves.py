@@ -17,16 +17,15 @@ from meshwright.plan.spec import Plan
 from meshwright.program.compile import compile_plan
 from meshwright.program.operations import Op
 from meshwright.techniques.backward_split.price import backward_shares
-from worlds import DEVICE, even_model, even_plan, in_a_row, layer, one_node
+from plain_constants import plain
+from worlds import DEVICE, divided, even_model, even_plan, in_a_row, layer, one_node
 
 MODEL, CLUSTER = even_model(4), one_node(4)
 
 
 def measured(points: Sequence[tuple[int, float, float, float]]) -> Profile:
     """Rows, seconds of the whole backward, of its first part, of its second."""
-    return Profile(
-        model="even",
-        sequence=1,
+    return plain(
         layers=tuple(
             LayerTime(
                 device="g",
@@ -117,3 +116,14 @@ def test_a_backward_that_has_one_half_only_is_not_walked_twice() -> None:
     shares = backward_shares(model, DEVICE, 1, 1)
     assert shares[0].tolist() == [0.0, 1.0]
     assert shares[1].tolist() == pytest.approx([1.11 / 2, 1.11 / 2])
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 8])
+def test_ranks_divide_the_gradients_of_weights_like_the_layer(tensor: int) -> None:
+    """Products of 8 GFLOP at the peak, attention of 2 at half of it: a backward counts as 16 + 8,
+    of which the gradients of weights are the products once more."""
+    attends = layer("a", 8e9, attention_flops=2e9, backward_flops=20e9, parameters=10)
+    attends = divided(attends, units=8, flops=10e9, parameters=10)
+    model = in_a_row([attends, attends], cut_bytes=1.0)
+    shares = backward_shares(model, DEVICE, tensor, 1)
+    assert shares[1].tolist() == pytest.approx([1.11 * 2 / 3, 1.11 / 3])

@@ -26,6 +26,7 @@ from meshwright.simulate.simulator import simulate_plan
 from meshwright.simulate.symmetry import find_symmetry, simulate_by_symmetry
 from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
 from meshwright.techniques.state_division.operations import GATHER_PARAMETERS, REDUCE_SCATTER
+from plain_constants import PLAINLY
 from soaks import portion
 from strategies import models_and_plans
 from worlds import chain, divided, even_model, even_plan, one_node
@@ -79,7 +80,7 @@ def test_scatter_and_gather_each_send_all_but_a_ranks_own_quarter() -> None:
         assert carried(rank, program, prices) == {REDUCE_SCATTER: 3e6, GATHER_PARAMETERS: 3e6}
     assert carried(0, *priced(whole, model, cluster)) == {REDUCE_GRAD: 6e6}
     # F 1 ms, B 2 ms, scatter 3 ms, update and norm in no time, gather 3 ms.
-    step = simulate_plan(dividing(whole), model, cluster).step_seconds
+    step = simulate_plan(dividing(whole), model, cluster, PLAINLY).step_seconds
     assert step == pytest.approx(9e-3, rel=1e-3)
 
 

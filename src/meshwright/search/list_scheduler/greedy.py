@@ -4,8 +4,8 @@ hand."""
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from heapq import heappop, heappush
-from itertools import chain
 from math import inf
 from operator import add
 
@@ -40,13 +40,19 @@ class Rule:
     lies between them."""
 
 
+Effect = tuple[float, float, float, int, int, list[float], list[float] | None, int]
+"""What an action does, by its code: the bytes that it keeps, its seconds, those by which it brings
+its group nearer to its end, its kind and stage, the ends that it adds to, when its link is free
+again (None if it waits for no message), and the group that waits for it (-1 for none)."""
+
+
 def listed(work: Work, rule: Rule, limit: float = inf) -> tuple[float, list[Codes]] | None:
     """Returns the seconds of the order that a rule leads to, and the order; None if memory stops
     it, or as soon as it is bound to take more than `limit` seconds."""
     state = _Listing(work, rule, limit)
     state.run()
     total = sum(len(codes) for codes in state.codes)
-    wanted = len(work.forward) * work.micro_batches * 2 + sum(state.halves)
+    wanted = len(work.forward) * work.micro_batches * 2 + state.halves
     if total != wanted:
         return None
     return max(map(add, state.now, work.tails)), state.codes
@@ -62,15 +68,7 @@ class _Listing:
         self.group, self.layout = work.group_of, work.layout
         self.full, self.room, self.ahead = work.full, work.room, rule.ahead
         groups = len(work.layout)
-        by_stage = zip(work.forward, work.whole, work.inputs, work.weights, strict=True)
-        self.took = tuple(chain.from_iterable(by_stage))
-        """Seconds of an action, by code."""
         self.further = work.further or work.weights
-        self.keeps = tuple(
-            each
-            for full, half in zip(work.full, work.half, strict=True)
-            for each in (full, -full, half - full, -half)
-        )
         self.codes: list[Codes] = [[] for _ in range(groups)]
         self.now = [0.0] * groups
         self.before = [deque([0.0] * RECEIVES_AHEAD, RECEIVES_AHEAD) for _ in range(groups)]
@@ -79,43 +77,65 @@ class _Listing:
         self.held = [0.0] * groups
         self.forwards: list[list[float]] = [[] for _ in range(self.stages)]
         self.backwards: list[list[float]] = [[] for _ in range(self.stages)]
-        self.halves, self.weights = [0] * self.stages, [0] * self.stages
+        self.halves, self.lags = 0, [0] * self.stages
+        """Backwards in two parts so far, and of each stage those whose weight part is left to
+        do."""
         onward, back = work.waits
         before, after = [None, *self.forwards[:-1]], [*self.backwards[1:], None]
-        self.needs: list[tuple[int, Need, Need]] = [
+        needs: list[tuple[int, Need, Need]] = [
             (s, (done, made, wait, [0.0]), (undone, there, way, [0.0]))
             for s, (done, made, wait, undone, there, way) in enumerate(
                 zip(self.forwards, before, onward, self.backwards, after, back, strict=True)
             )
         ]
-        """What the forwards and the backwards of every stage need."""
-        self.held_by = [[self.needs[s] for s in held] for held in work.layout]
+        self.held_by = [[needs[s] for s in held] for held in work.layout]
+        """What the forwards and the backwards of every stage need, by group."""
         self.events: list[tuple[float, int]] = [(0.0, g) for g in range(groups)]
-        self.least, busy = _least_seconds(work)
+        least, busy = _least_seconds(work)
+        self.effects = self.effects_of(needs, least)
         self.left = [*map(add, busy, work.tails)]
         """Seconds that each group still needs at least."""
 
-        self.back = I if rule.split else B
-        self.hurry = 1 - rule.patience
+        self.hurry = tuple(each * (1 - rule.patience) for each in work.weights)
+        """Seconds of a weight part, of each stage, that what comes next need not wait for."""
         self.first = 0 if rule.forward_first else 2 * self.stages
         """Urgency of a forward on stage 0; that of a backward is the number of stages."""
 
+    def effects_of(
+        self, needs: Sequence[tuple[int, Need, Need]], least: Sequence[float]
+    ) -> list[Effect]:
+        """Returns the effect of every code."""
+        work, found = self.work, list[Effect]()
+        for s, ahead, back in needs:
+            full, half = work.full[s], work.half[s]
+            kept = (full, -full, half - full, -half)
+            took = (work.forward[s], work.whole[s], work.inputs[s], work.weights[s])
+            for kind in (F, B, I, W):
+                ends, _, wait, free = ahead if kind == F else back
+                target = s + 1 if kind == F else s - 1
+                other = self.group[target] if 0 <= target < self.stages and kind != W else -1
+                other = -1 if other == self.group[s] else other
+                line = free if wait is not None else None
+                own = kept[kind], took[kind], least[4 * s + kind], kind, s
+                found.append((*own, ends, line, other))
+        return found
+
     def run(self) -> None:
         """Lets groups choose in the order of time until no work is left."""
-        while self.events:
-            at, g = heappop(self.events)
-            if at >= self.now[g]:
-                self.choose(g, at)
+        events, now, choose = self.events, self.now, self.choose
+        while events:
+            at, g = heappop(events)
+            if at >= now[g]:
+                choose(g, at)
 
     def choose(self, g: int, at: float) -> None:
         """Lets a free group take its most urgent action, or look again when one can begin."""
         best, urgency, coming, arrived = -1, inf, inf, 0.0
-        behind, late = 0, -1
+        behind, late, lags = 0, -1, self.lags
         posted = self.before[g][0]
         for s, for_f, for_b in self.held_by[g]:
-            lag = self.halves[s] - self.weights[s]
-            if lag > behind:
-                behind, late = lag, s
+            if lags[s] > behind:
+                behind, late = lags[s], s
             done, back = len(for_f[0]), len(for_b[0])
             if done > back:
                 ready = _ready(for_b, back, posted)
@@ -138,8 +158,7 @@ class _Listing:
 
     def is_time(self, s: int, behind: int, at: float, coming: float) -> bool:
         """True if a weight part goes first: it is far behind, or is done before what is coming."""
-        done = at + self.work.weights[s] * self.hurry
-        return behind > self.rule.lag[s] or (at < coming and done <= coming)
+        return behind > self.rule.lag[s] or (at < coming and at + self.hurry[s] <= coming)
 
     def backward(self, s: int) -> int:
         """Returns a backward's first part, if the rule splits it and there is room; a whole one on
@@ -154,36 +173,33 @@ class _Listing:
     def take(self, g: int, code: int, at: float, arrived: float) -> None:
         """Does an action whose input has arrived, and tells the groups that wait for what it
         makes."""
-        kind, s = code & 3, code >> 2
-        self.held[g] += self.keeps[code]
-        end = at + self.took[code]
+        kept, took, least, kind, s, ends, free, other = self.effects[code]
+        own, events = self.codes[g], self.events
+        self.held[g] += kept
+        end = at + took
         if kind == W:
-            self.weights[s] += 1
-            if self.codes[g][-1] == code:
+            self.lags[s] -= 1
+            if own[-1] == code:
                 end = at + self.further[s]
         else:
-            if kind == F:
-                target = s + 1
-                ends, _, wait, free = self.needs[s][1]
-            else:
-                target = s - 1
-                self.halves[s] += kind == I
-                ends, _, wait, free = self.needs[s][2]
+            if kind == I:
+                self.halves += 1
+                self.lags[s] += 1
             ends.append(end)
-            if wait is not None:
+            if free is not None:
                 free[0] = arrived
-            if 0 <= target < self.stages and self.group[target] != g:
-                other = self.group[target]
-                if self.now[other] <= end:  # else it looks again when it is done, which is later
-                    heappush(self.events, (end, other))
-        self.codes[g].append(code)
+            if other >= 0 and self.now[other] <= end:
+                heappush(
+                    events, (end, other)
+                )  # else it looks again when it is done, which is later
+        own.append(code)
         self.before[g].append(self.now[g])
         self.now[g] = end
-        self.left[g] -= self.least[code]
-        if end + self.left[g] > self.limit:
-            self.events.clear()
+        left = self.left[g] = self.left[g] - least
+        if end + left > self.limit:
+            events.clear()
         else:
-            heappush(self.events, (end, g))
+            heappush(events, (end, g))
 
 
 def _ready(need: Need, m: int, posted: float) -> float:

@@ -26,8 +26,9 @@ def propose(incumbent: Incumbent) -> Proposals:
     if incumbent.best is None:
         return
     cuts = list(wide_cuts(incumbent.best.plan))
-    tries = [(cuts, kind) for kind in KINDS if cuts]
-    tries += [([cut], kind) for cut in cuts for kind in KINDS if len(cuts) > 1]
+    kinds = (*KINDS, None)
+    tries = [(cuts, kind) for kind in kinds if cuts]
+    tries += [([cut], kind) for cut in cuts for kind in kinds if len(cuts) > 1]
     left = WORK
     for done, (changed, kind) in enumerate(tries):
         best = incumbent.best
@@ -39,7 +40,7 @@ def propose(incumbent: Incumbent) -> Proposals:
         left -= work
         if plan != best.plan:
             where = "" if len(changed) > 1 else f" before stage {changed[0][1] + 1}"
-            yield Proposal(plan, f"{best.name}, {kind}{where}", is_variant=True)
+            yield Proposal(plan, f"{best.name}, {kind or 'direct'}{where}", is_variant=True)
 
 
 OPTION = PlanOption("boundary-kinds", propose)
@@ -54,8 +55,8 @@ def wide_cuts(plan: Plan) -> Iterator[Cut]:
                 yield p, s
 
 
-def with_boundaries(plan: Plan, cuts: Iterable[Cut], kind: BoundaryKind) -> Plan:
-    """Returns the plan with another kind of boundary at these cuts."""
+def with_boundaries(plan: Plan, cuts: Iterable[Cut], kind: BoundaryKind | None) -> Plan:
+    """Returns the plan with another kind of boundary at these cuts; None: direct."""
     chosen = set(cuts)
 
     def changed(p: int, pipeline: Pipeline) -> Pipeline:

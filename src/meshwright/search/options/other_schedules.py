@@ -250,13 +250,14 @@ def has_order(strategy: Strategy) -> bool:
 
 
 def unordered_plan(incumbent: Incumbent, strategy: Strategy) -> Plan:
-    """Returns the plan of a strategy; its boundaries are of the kind that the best plan has."""
+    """Returns the plan of a strategy; its cuts are broadcasts if those of the best plan are: that
+    is the kind that the closed form does not know."""
     plan = plan_of(incumbent.costs, strategy[1], "1f1b", incumbent.cluster_print)
     best = incumbent.best.plan.pipelines if incumbent.best else ()
     kinds = Counter(s.boundary for p in best for s in p.stages if s.boundary)
-    if not kinds:
+    if not kinds or kinds.most_common(1)[0][0] != "broadcast":
         return plan
-    return with_boundaries(plan, wide_cuts(plan), kinds.most_common(1)[0][0])
+    return with_boundaries(plan, wide_cuts(plan), "broadcast")
 
 
 def _build(strategy: Strategy) -> object:

@@ -44,7 +44,8 @@ def division(
 
     `amounts` are the costs of a row on one rank, by tensor-parallel width; 1 is among the widths.
     `parameters` include the tied ones. What a rank of the smallest larger width saves of a cost
-    tells which part of it tensor parallelism divides.
+    tells which part of it tensor parallelism divides. That is at most all of it, even where the
+    ranks do the same by fewer operations (the loss over a divided vocabulary).
     """
     whole = amounts[1]
     several = {width: each for width, each in amounts.items() if width > 1}
@@ -59,7 +60,7 @@ def division(
         axis=AXIS,
         units=units,
         flops=divided(flops, share.forward_flops + share.attention_flops),
-        traffic_bytes=divided(whole.traffic_bytes, share.traffic_bytes),
+        traffic_bytes=min(divided(whole.traffic_bytes, share.traffic_bytes), whole.traffic_bytes),
         saved_bytes=divided(whole.saved_bytes, share.saved_bytes),
         moments=peak_moments_of(several) if several else (),
         forward_all_reduce_bytes=whole.forward_all_reduce_bytes,
