@@ -36,7 +36,7 @@ from meshwright.errors import FitError
 from meshwright.model.load import load_model
 from meshwright.plan.files import load_plan, save_plan
 from meshwright.plan.ranks import describe_plan
-from meshwright.plan.spec import Job
+from meshwright.plan.spec import Job, PlanInput
 from meshwright.plan.validate import validate_plan
 from meshwright.search.options import OPTION_NAMES
 from meshwright.search.planner import find_plan
@@ -82,7 +82,8 @@ def found_here(
     assert plan.prediction is not None
     found = {"step": plan.prediction.step_seconds, "cpu": spent, "plan": describe_plan(plan)}
     if stored is not None and stored.exists():
-        known = load_plan(stored)
+        # A cluster may be described otherwise than when the plan was found; the plan still fits it.
+        known = replace(load_plan(stored), cluster=PlanInput(name="", fingerprint=""))
         validate_plan(known, graph, cluster)
         found["stored"] = simulate_by_symmetry(known, graph, cluster).step_seconds
     elif stored is not None and WRITE in os.environ:

@@ -85,7 +85,7 @@ BAD = {
     "half a type": (
         GOOD.replace("2 x T4", "2 x A100", 1),
         "node[0].devices[0]",
-        "Did you mean 'A100-40' or 'A100-80' or 'A100-80-PCIe'?",
+        "Did you mean 'A100-40' or 'A100-40-PCIe' or 'A100-80' or 'A100-80-PCIe'?",
     ),
     "no such notation": (GOOD.replace("2 x T4", "T4 x 2", 1), "node[0].devices[0]", "4 x T4"),
     "zero devices": (GOOD.replace("2 x T4", "0 x T4", 1), "node[0].devices[0]", "4 x T4"),

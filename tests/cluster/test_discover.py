@@ -16,14 +16,16 @@ from meshwright.cluster.discover import (
     hardware_cluster,
     number_equal_names,
 )
+from meshwright.cluster.estimate import DriverFigures, estimated_type
 from meshwright.cluster.files import cluster_from
 from meshwright.cluster.hardware import Gpu, MachineHardware, device_type_of, links_inside
-from meshwright.cluster.host import GpuReading, GpuSource, ToolOutput
+from meshwright.cluster.host import GpuReading, GpuSource, ToolOutput, memory_rate
 from meshwright.cluster.networks import USUAL_NETWORK, read_default_interface, read_speed
 from meshwright.cluster.nvidia import read_gpus
 from meshwright.cluster.pci import PciCard, read_lspci
 from meshwright.cluster.spec import Link
 from meshwright.cluster.wiring import read_wiring
+from meshwright.errors import MachineError
 from meshwright.text import forbidden_character
 
 GIB = 2**30
@@ -202,40 +204,115 @@ def test_nvlink_is_counted_in_lanes_of_its_generation():
     assert switch == Link(bandwidth=24e9, latency=10e-6)
 
 
-def test_an_unknown_gpu_becomes_a_type_that_says_it_is_guessed():
-    gpu = Gpu(name="NVIDIA Quadro GV/200", memory=48 * GIB, capability=(8, 6))
+FIGURES = DriverFigures(multiprocessors=84, clock=1.8e9, memory_rate=768e9)
+
+
+def test_an_unknown_gpu_becomes_a_type_that_says_it_is_estimated():
+    gpu = Gpu(name="NVIDIA Quadro GV/200", memory=48 * GIB, capability=(8, 6), figures=FIGURES)
     kind, note = device_type_of(gpu)
     assert kind.name == "Quadro-GV-200-48GiB"
     assert kind.memory == 47 * GIB
-    assert kind.peak == catalog()["A10G"].type.peak
-    assert "GUESSED" in note
-    assert "GUESSED" in kind.source
+    assert kind.peak["bf16"] == pytest.approx(84 * 1.8e9 * 1024)
+    assert kind.memory_bandwidth == 768e9
+    assert "ESTIMATED" in note
+    assert "ESTIMATED" in kind.source
+
+
+TOLD = {
+    "V100-32": ((7, 0), 80, 1530, 877, 4096),
+    "T4": ((7, 5), 40, 1590, 5001, 256),
+    "RTX2080Ti": ((7, 5), 68, 2100, 7000, 352),
+    "A100-80": ((8, 0), 108, 1410, 1593, 5120),
+    "A30": ((8, 0), 56, 1440, 1215, 3072),
+    "RTX3090": ((8, 6), 82, 2100, 9751, 384),
+    "A6000": ((8, 6), 84, 2100, 8001, 384),
+    "A2": ((8, 6), 10, 1770, 6251, 128),
+    "L4": ((8, 9), 58, 2040, 6251, 192),
+    "RTX4090": ((8, 9), 128, 3120, 10501, 384),
+    "RTX6000-Ada": ((8, 9), 142, 3105, 10001, 384),
+    "H100": ((9, 0), 132, 1980, 2619, 5120),
+    "B200": ((10, 0), 148, 1965, 3996, 8192),
+    "RTX5090": ((12, 0), 170, 3090, 14001, 512),
+    "P100": ((6, 0), 56, 1328, 715, 4096),
+    "P40": ((6, 1), 30, 1531, 3615, 384),
+}
+"""What drivers tell of cards of the catalogue: capability, multiprocessors, highest clocks in MHz
+of these and of the memory, and bits of its bus."""
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_an_estimate_is_within_half_of_the_datasheet(name):
+    """As if the catalogue did not hold the card."""
+    capability, count, clock, memory_clock, width = TOLD[name]
+    figures = DriverFigures(
+        multiprocessors=count,
+        clock=clock * 1e6,
+        memory_rate=memory_rate(memory_clock * 1e6, width),
+    )
+    true = catalog()[name].type
+    brand = "GeForce " if name.startswith("RTX") and "Ada" not in name else ""
+    found, _ = estimated_type("new", f"NVIDIA {brand}new", GIB, capability, figures, None)
+    assert set(found.peak) >= set(true.peak) - {"fp64"}
+    for precision in set(true.peak) - {"fp64"}:
+        assert 1 / 1.5 < found.peak[precision] / true.peak[precision] < 1.5, precision
+    assert 1 / 1.5 < found.memory_bandwidth / true.memory_bandwidth < 1.5
 
 
 @pytest.mark.parametrize(
-    ("capability", "relative"),
+    ("chip", "units", "name"),
     [
-        ((12, 1), "RTX4090"),
-        ((12, 0), "RTX4090"),
-        ((11, 0), "B200"),
-        ((10, 0), "B200"),
-        ((9, 0), "H100"),
-        ((8, 9), "L4"),
-        ((8, 7), "A10G"),
-        ((8, 0), "A100-40"),
-        ((7, 5), "T4"),
-        ((7, 0), "T4"),
-        (None, "T4"),
+        ("gfx908", 120, "MI100"),
+        ("gfx90a", 104, "MI210"),
+        ("gfx90a", 110, "MI250X"),
+        ("gfx942", 304, "MI325X"),
+        ("gfx950", 256, "MI355X"),
+        ("gfx906", 60, "MI50"),
+        ("gfx1030", 60, "W6800"),
+        ("gfx1100", 96, "RX7900XTX"),
+        ("gfx1201", 64, "RX9070XT"),
     ],
 )
-def test_an_unknown_gpu_is_taken_for_one_of_its_generation(capability, relative):
-    kind, _ = device_type_of(Gpu(name="Strange", memory=80 * GIB, capability=capability))
-    assert kind.peak == catalog()[relative].type.peak
+def test_an_unknown_card_of_amd_is_estimated_as_one_of_amd(chip, units, name):
+    true = catalog()[name].type
+    figures = DriverFigures(multiprocessors=units, memory_rate=true.memory_bandwidth, chip=chip)
+    kind, _ = device_type_of(Gpu(name="AMD GPU", memory=64 * GIB, figures=figures))
+    assert kind.name == "GPU-64GiB"
+    for precision in set(true.peak) - {"fp64", "tf32"}:
+        assert 1 / 1.5 < kind.peak[precision] / true.peak[precision] < 1.5, precision
+
+
+@pytest.mark.parametrize(
+    ("gpu", "missing"),
+    [
+        (Gpu(name="AMD GPU", memory=64 * GIB), "no generation, number of multiprocessors, memory"),
+        (Gpu(name="", memory=64 * GIB), "a GPU without a name (64 GiB)"),
+        (Gpu(name="New", memory=GIB, capability=(8, 9)), "no number of multiprocessors, memory"),
+        (
+            Gpu(
+                name="New",
+                memory=GIB,
+                capability=(8, 9),
+                figures=replace(FIGURES, memory_rate=None),
+            ),
+            "no memory clock and width of the bus",
+        ),
+        (
+            Gpu(name="New", memory=GIB, figures=replace(FIGURES, chip="gfx802")),
+            "too little: no generation",
+        ),
+    ],
+)
+def test_a_card_of_which_too_little_is_told_is_refused_with_the_fields_to_fill_in(gpu, missing):
+    with pytest.raises(MachineError) as caught:
+        device_type_of(gpu)
+    for words in (missing, "memory_bandwidth, peak", "[device.NAME]"):
+        assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(("total", "usable"), [(8 * GIB, 7 * GIB), (GIB, GIB // 2)])
 def test_a_gib_of_a_gpu_is_reserved_but_never_more_than_half(total, usable):
-    assert device_type_of(Gpu(name="Strange", memory=total))[0].memory == usable
+    gpu = Gpu(name="Strange", memory=total, capability=(8, 6), figures=FIGURES)
+    assert device_type_of(gpu)[0].memory == usable
 
 
 def test_a_slice_of_a_known_gpu_is_not_taken_for_the_whole():
@@ -266,7 +343,8 @@ def test_a_slice_of_a_known_gpu_is_not_taken_for_the_whole():
                 ]
             ),
             memory=st.integers(2**24, 2**43),
-            capability=st.sampled_from([None, (7, 5), (9, 0)]),
+            capability=st.sampled_from([(7, 5), (9, 0)]),
+            figures=st.just(FIGURES),
             slice=st.sampled_from([None, "3g.20gb", "1g.5gb+me", "1c.3g.20gb", "strange"]),
             watts=st.sampled_from([None, 0.0, 100.0, 299.6, 300.4]),
             usual_watts=st.sampled_from([None, 300.0, 450.0]),
@@ -293,7 +371,7 @@ def test_unlike_types_of_one_name_are_numbered():
 
 def test_a_type_is_called_the_same_whatever_stands_beside_it():
     cards = [Gpu(name="NVIDIA GeForce RTX 3080", memory=gib * GIB) for gib in (10, 12)]
-    names = ["RTX-3080-10GiB", "RTX-3080-12GiB"]
+    names = ["RTX3080", "RTX3080-12"]
     assert [device_type_of(card)[0].name for card in cards] == names
     for order in (cards, cards[::-1]):
         nodes = hardware_cluster(MachineHardware(name="desk", gpus=tuple(order)))[0].nodes

@@ -3,6 +3,7 @@
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -18,6 +19,8 @@ from meshwright.cluster.spec import (
     Islands,
     Link,
     Node,
+    Precision,
+    ReachedShares,
     Site,
     devices_of,
 )
@@ -107,14 +110,25 @@ links = st.builds(
 PRINTABLE = st.characters(exclude_categories=["Cc", "Cf", "Cs", "Zl", "Zp"])
 names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,5}", fullmatch=True)
 shares = st.floats(0.01, 1.0)
+
+
+def kind_with(
+    intensities: dict[Precision, float], memory_bandwidth: float, **own: Any
+) -> DeviceType:
+    """A device type whose peaks are these multiples of its memory bandwidth."""
+    peak = {precision: each * memory_bandwidth for precision, each in intensities.items()}
+    return DeviceType(peak=peak, memory_bandwidth=memory_bandwidth, **own)
+
+
+reached = st.builds(ReachedShares, forward=shares, backward=shares)
+PRECISIONS = st.sampled_from(["fp64", "fp32", "fp16", "bf16"])
 kinds = st.builds(
-    DeviceType,
+    kind_with,
     name=st.one_of(names, st.sampled_from(["T4", "H100", "cpu"])),
     memory=st.integers(2**20, 2**44),
-    memory_bandwidth=st.floats(1e6, 1e15),
-    peak=st.dictionaries(
-        st.sampled_from(["fp64", "fp32", "fp16", "bf16"]), st.floats(1e6, 1e17), min_size=1
-    ),
+    memory_bandwidth=st.floats(1e8, 4e12),
+    intensities=st.dictionaries(PRECISIONS, st.floats(0.06, 19_000), min_size=1),
+    matmul_shares=st.none() | st.dictionaries(PRECISIONS, reached, min_size=1),
     matmul_efficiency=shares,
     attention_efficiency=shares,
     memory_efficiency=shares,

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.cluster.discover import discover_toml, hardware_cluster
+from meshwright.cluster.estimate import DriverFigures
 from meshwright.cluster.files import cluster_from, dump_cluster, load_cluster
 from meshwright.cluster.hardware import Gpu, MachineHardware
 from meshwright.cluster.merge import merged, merged_toml
@@ -44,7 +45,10 @@ latency = "5 us"
 
 
 def host(name: str, *cards: tuple[str, int]) -> MachineHardware:
-    gpus = tuple(Gpu(name=card, memory=gib * GIB) for card, gib in cards)
+    told = DriverFigures(multiprocessors=40, memory_rate=5e11)
+    gpus = tuple(
+        Gpu(name=card, memory=gib * GIB, capability=(8, 6), figures=told) for card, gib in cards
+    )
     return MachineHardware(name=name, gpus=gpus, cores=4, memory=64 * GIB, network=USUAL_NETWORK)
 
 
@@ -76,12 +80,12 @@ def test_files_of_several_hosts_are_one_file(tmp_path: Path) -> None:
     assert notes == ()
 
 
-def test_what_the_files_say_was_guessed_is_still_said(tmp_path: Path) -> None:
+def test_what_the_files_say_is_unusual_is_still_said(tmp_path: Path) -> None:
     paths = [
-        written(tmp_path, name, discover_toml(host(name, ("Some card", 8)))) for name in ("a", "b")
+        written(tmp_path, name, discover_toml(host(name, ("NVIDIA A2", 8)))) for name in ("a", "b")
     ]
     text, _ = merged_toml(paths)
-    assert text.count("GUESSED") > 2
+    assert text.count("not as the A2 of the catalogue") > 2
     assert f"# {paths[1]}:\n#   Found on this machine." in text
 
 

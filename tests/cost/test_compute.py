@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.cluster.spec import DeviceType
+from meshwright.cluster.spec import DeviceType, ReachedShares
 from meshwright.cost.compute import (
     OPTIMIZER_BYTES,
+    device_seconds,
     layer_seconds,
     optimizer_seconds,
     roofline,
@@ -88,6 +89,37 @@ def test_matmul_and_attention_each_at_its_own_efficiency() -> None:
     forward, backward = quickly(DRY, 1, 3)
     assert forward == pytest.approx(3 * 0.24)
     assert backward == pytest.approx(3 * 0.48)
+
+
+def test_shares_by_precision_stand_in_place_of_the_efficiency_in_forward_and_backward() -> None:
+    """8 TFLOP at 80 and 40 TFLOP/s a row; attention keeps its own efficiency."""
+    shares = {"bf16": ReachedShares(forward=0.8, backward=0.4)}
+    forward, backward = device_seconds(DRY, replace(GPU, matmul_shares=shares), "bf16", 1, 1)
+    assert forward == pytest.approx(0.1 + 0.08)
+    assert backward == pytest.approx(2 * (0.2 + 0.08))
+    fitted = DeviceConstants(matmul_efficiency=0.5)
+    kind = replace(GPU, matmul_shares=shares)
+    assert device_seconds(DRY, kind, "bf16", 1, 1, fitted) == pytest.approx([0.24, 0.48])
+
+
+def test_tf32_moves_the_bytes_of_fp32_and_computes_at_a_peak_of_its_own() -> None:
+    kind = replace(GPU, peak={"fp32": 10e12, "tf32": 50e12})
+    products = replace(DRY, attention_flops=0.0, backward_flops=16e12)
+    assert device_seconds(products, kind, "tf32", 1, 1) == pytest.approx([8 / 25, 16 / 25])
+    moved = replace(products, forward_flops=1e-9, backward_flops=2e-9, parameters=10**9)
+    exact, rounded = (device_seconds(moved, kind, p, 1, 1) for p in ("fp32", "tf32"))
+    assert rounded == pytest.approx(exact)
+
+
+def test_compiled_layers_move_fewer_activation_bytes_and_no_fewer_weights() -> None:
+    still = replace(DRY, forward_flops=1e-9, attention_flops=0.0, backward_flops=2e-9)
+    active = replace(still, traffic_bytes=8e9)
+    half = DeviceConstants(activation_traffic=0.5)
+    assert device_seconds(active, GPU, "bf16", 1, 1, half) == pytest.approx([0.005, 0.01])
+    heavy = replace(still, parameters=10**9)
+    assert device_seconds(heavy, GPU, "bf16", 1, 1, half) == pytest.approx(
+        device_seconds(heavy, GPU, "bf16", 1, 1)
+    )
 
 
 def test_bytes_moved_add_to_the_computation_weights_included() -> None:

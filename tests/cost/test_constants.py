@@ -11,7 +11,7 @@ from meshwright.cluster.spec import Cluster, Link
 from meshwright.cluster.topology import topology
 from meshwright.cost.collective import all_reduce, boundary_transfer, uncontended_seconds
 from meshwright.cost.compute import (
-    head_constants,
+    for_head,
     head_signatures,
     layer_seconds,
     optimizer_seconds,
@@ -168,8 +168,13 @@ def test_the_output_projection_has_an_efficiency_of_its_own() -> None:
     found = layer_seconds(model, device, 1, 8, under(slow))
     assert found.forward[-1] > plain.forward[-1]
     assert found.forward[1] == plain.forward[1]
-    own = head_constants(DeviceConstants(matmul_efficiency=0.8, head_efficiency=0.5), device)
-    assert own.matmul_efficiency == pytest.approx(0.4)
+    own, same = for_head(DeviceConstants(matmul_efficiency=0.8, head_efficiency=0.5), device)
+    assert (own.matmul_efficiency, same) == (pytest.approx(0.4), device)
+    _, slower = for_head(DeviceConstants(head_efficiency=0.5), catalog()["T4"].type)
+    whole = catalog()["T4"].type.matmul_shares
+    assert whole
+    assert slower.matmul_shares
+    assert slower.matmul_shares["fp16"].forward == pytest.approx(whole["fp16"].forward / 2)
 
 
 def test_an_optimizer_that_moves_less_is_faster_in_proportion() -> None:

@@ -190,7 +190,11 @@ def changed(name: str) -> tuple[Any, Any]:
 
 def test_the_fields_of_plans_that_define_a_training_are_all_tried():
     about = {"format", "name", "model", "cluster", "profile", "prediction", "job"}
-    beside = {f"plan.{name}" for name in about} | {"pipeline.actions", "job.runtime"}
+    beside = {f"plan.{name}" for name in about} | {
+        "pipeline.actions",
+        "job.runtime",
+        "job.compiled",
+    }
     tried = {name for name in known_properties() if name.split(".")[0] not in ("model", "training")}
     assert tried - beside == PLANS.keys()
 

@@ -29,6 +29,7 @@ class PrecisionChoice(StrEnum):
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
+    TF32 = "tf32"
 
 
 class OptimizerChoice(StrEnum):
@@ -86,6 +87,13 @@ RuntimeOption = Annotated[
     typer.Option(
         help="The system that will run the plan: the step is predicted with its habits where "
         "nothing was measured (fsdp: PyTorch's FSDP and pipelines)."
+    ),
+]
+CompiledOption = Annotated[
+    bool,
+    typer.Option(
+        "--compiled/--eager",
+        help="Whether a compiler fuses the operations of a layer (torch.compile).",
     ),
 ]
 MeasuredTimes = Annotated[Path | None, typer.Option("--profile", help="Measured times.")]

@@ -14,6 +14,7 @@ import typer
 from meshwright.cli.options import (
     BudgetOption,
     ClusterOption,
+    CompiledOption,
     ForbidOption,
     FrontOption,
     JsonOption,
@@ -58,6 +59,7 @@ def plan(
     precision: PrecisionOption = None,
     optimizer: OptimizerChoice = OptimizerChoice.ADAMW,
     runtime: RuntimeOption = RuntimeChoice.MESHWRIGHT,
+    compiled: CompiledOption = False,
     profile: MeasuredTimes = None,
     output: NewPlanFile = Path("plan.json"),
     budget: BudgetOption = None,
@@ -87,6 +89,7 @@ def plan(
             precision=precision.value if precision else None,
             optimizer=optimizer.value,
             runtime=runtime.value,
+            compiled=compiled,
         )
         for warning in session.warnings:
             say(f"warning: {warning}", to_errors=True)
@@ -162,6 +165,7 @@ def simulate(
         RuntimeChoice | None,
         typer.Option(help="The system that runs it; default: the plan's own."),
     ] = None,
+    compiled: CompiledOption | None = None,
     trace: TraceOption = None,
     program: Annotated[Path | None, typer.Option(help="Write the program as text.")] = None,
     report: PageOption = None,
@@ -175,7 +179,11 @@ def simulate(
     check_outputs(trace, program, report)
     terms = money_terms(prices)
     session, found = reopen_plan(
-        plan_file, cluster=cluster, profile=profile, runtime=runtime.value if runtime else None
+        plan_file,
+        cluster=cluster,
+        profile=profile,
+        runtime=runtime.value if runtime else None,
+        compiled=compiled,
     )
     timeline = simulate_priced(found)
     timeline_summary(found.plan, timeline)

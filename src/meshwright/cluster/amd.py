@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from meshwright.cluster.estimate import DriverFigures
 from meshwright.cluster.host import GpuReading, GpuSource, Host, ToolOutput
 from meshwright.cluster.pci import PciCard
 from meshwright.text import printable
@@ -69,7 +71,22 @@ def _amd_smi_seen(gpu: Mapping[str, Any]) -> GpuReading:
     value = size.get("value") if isinstance(size, dict) else size
     unit = _UNITS.get(str(size.get("unit"))) if isinstance(size, dict) else _UNITS["MB"]
     memory = int(str(value)) * unit if unit and re.fullmatch(r"\d{1,18}", str(value)) else None
-    return _seen(name, memory, f"no memory of GPU {gpu.get('gpu', '?')}")
+    seen = _seen(name, memory, f"no memory of GPU {gpu.get('gpu', '?')}")
+    return replace(seen, figures=_amd_smi_figures(asic, vram))
+
+
+def _amd_smi_figures(asic: object, vram: object) -> DriverFigures:
+    """Returns compute units, generation and memory rate, as newer versions of amd-smi tell them."""
+    chip = asic.get("target_graphics_version") if isinstance(asic, dict) else None
+    units = asic.get("num_compute_units") if isinstance(asic, dict) else None
+    rate = vram.get("max_bandwidth") if isinstance(vram, dict) else None
+    value = rate.get("value") if isinstance(rate, dict) and rate.get("unit") == "GB/s" else None
+    known = isinstance(chip, str) and re.fullmatch(r"gfx\w{3,8}", chip)
+    return DriverFigures(
+        multiprocessors=int(str(units)) if re.fullmatch(r"[1-9]\d{0,4}", str(units)) else None,
+        memory_rate=float(str(value)) * 1e9 if re.fullmatch(r"[1-9]\d{0,5}", str(value)) else None,
+        chip=chip if known else None,
+    )
 
 
 def read_rocm_smi(text: str) -> tuple[GpuReading, ...] | None:

@@ -12,7 +12,14 @@ from pydantic import BeforeValidator, Field
 
 from meshwright import units
 from meshwright.cluster.catalog import catalog
-from meshwright.cluster.spec import DeviceType, Islands, Link, LinkKind, Precision
+from meshwright.cluster.spec import (
+    DeviceType,
+    Islands,
+    Link,
+    LinkKind,
+    Precision,
+    ReachedShares,
+)
 from meshwright.errors import ClusterError, Problem
 from meshwright.records import Count, Line, Name, PositiveShare, check_format, parse, record
 from meshwright.text import did_you_mean, nearest
@@ -114,6 +121,10 @@ class DeviceEntry:
     peak: dict[Precision, FlopsText] | None = None
     """Peaks that are added to those of the type it changes; 0 removes a precision."""
     matmul_efficiency: PositiveShare | None = None
+    """Replaces every share of the type that it changes, unless `matmul_shares` is given too."""
+    matmul_shares: dict[Precision, ReachedShares] | None = None
+    """Shares that matrix products reach by precision, like `{ fp32 = { forward = 0.6, backward =
+    0.75 } }`, where they differ from `matmul_efficiency`."""
     attention_efficiency: PositiveShare | None = None
     memory_efficiency: PositiveShare | None = None
     processor: Literal["gpu", "cpu"] | None = None
@@ -266,6 +277,7 @@ _FIGURES = (
     "memory",
     "memory_bandwidth",
     "matmul_efficiency",
+    "matmul_shares",
     "attention_efficiency",
     "memory_efficiency",
     "processor",
@@ -363,6 +375,8 @@ def _changed(figures: dict[str, object], entry: DeviceEntry) -> dict[str, object
     mended = ", ".join([*given, *(f"peak {each}" for each in entry.peak or {})])
     origin = f"{figures.get('source', '')}; from the cluster file: {mended}".removeprefix("; ")
     changed = {**figures, **given, "peak": peak}
+    if "matmul_efficiency" in given:
+        changed["matmul_shares"] = entry.matmul_shares
     if entry.source is not None or mended:
         changed["source"] = origin if entry.source is None else entry.source
     return changed

@@ -3,32 +3,31 @@ datasheet."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 from meshwright import units
 from meshwright.cluster.catalog import catalog
-from meshwright.cluster.entries import Entries, IslandsEntry, LinkEntry, PairEntry
+from meshwright.cluster.entries import (
+    Entries,
+    IslandsEntry,
+    LinkEntry,
+    PairEntry,
+    resolve_type,
+)
+from meshwright.cluster.ranges import (
+    BANDWIDTH,
+    LATENCY,
+    MEMORY,
+    MEMORY_BANDWIDTH,
+    PEAK,
+    AllowedRange,
+    intensity_problems,
+    out_of_range,
+)
 from meshwright.cluster.spec import Cluster, DeviceType
 from meshwright.errors import Problem
-from meshwright.records import record
 
-
-@record
-class AllowedRange:
-    """Gives the least and the greatest value of a figure, and the function that formats it."""
-
-    least: float
-    most: float
-    show: Callable[[float], str]
-
-
-# From a modem to ten times the fastest hardware announced: a value outside is a wrong unit.
-BANDWIDTH = AllowedRange(least=1e3, most=1e14, show=units.format_bandwidth)
-LATENCY = AllowedRange(least=0.0, most=10.0, show=units.format_seconds)
-MEMORY = AllowedRange(least=2**20, most=2**44, show=units.format_bytes)
-MEMORY_BANDWIDTH = AllowedRange(least=1e6, most=1e15, show=units.format_throughput)
-PEAK = AllowedRange(least=1e6, most=1e17, show=units.format_flops)
 _SUSPICIOUS = 1.5
 """Multiple of the datasheet's figure above which a value is doubted."""
 
@@ -39,11 +38,13 @@ def figure_problems(entries: Entries, source: str) -> Iterator[Problem]:
         yield from out_of_range(field, value, allowed, source)
 
 
-def out_of_range(field: str, value: float, allowed: AllowedRange, source: str) -> Iterator[Problem]:
-    """Yields a Problem if `value` lies outside the allowed range."""
-    if not allowed.least <= value <= allowed.most:
-        wanted = f"{allowed.show(allowed.least)} to {allowed.show(allowed.most)}"
-        yield Problem(source, field, allowed.show(value), wanted, each=("figure", ""))
+def type_figure_problems(entries: Entries, source: str) -> Iterator[Problem]:
+    """Yields one Problem for each type whose peak and memory bandwidth cannot be those of one
+    device. The file must be free of `type_problems`."""
+    for name, entry in entries.devices.items():
+        if entry.peak or entry.memory_bandwidth:
+            kind, _ = resolve_type(name, entries.devices)
+            yield from intensity_problems(f"device.{name}", kind, source)
 
 
 def _figures(entries: Entries) -> Iterator[tuple[str, float, AllowedRange]]:

@@ -215,11 +215,20 @@ def _type_lines(kind: DeviceType) -> list[str]:
         f"memory_bandwidth = {throughput}",
         f"peak = {{ {peaks} }}",
         f"matmul_efficiency = {kind.matmul_efficiency!r}",
+        *_shares(kind),
         f"attention_efficiency = {kind.attention_efficiency!r}",
         f"memory_efficiency = {kind.memory_efficiency!r}",
         f"processor = {quoted(kind.processor)}",
         f"source = {quoted(kind.source)}",
     ]
+
+
+def _shares(kind: DeviceType) -> list[str]:
+    fields = ", ".join(
+        f"{precision} = {{ forward = {each.forward!r}, backward = {each.backward!r} }}"
+        for precision, each in (kind.matmul_shares or {}).items()
+    )
+    return [f"matmul_shares = {{ {fields} }}"] if fields else []
 
 
 def _link_fields(link: Link) -> list[str]:

@@ -4,11 +4,12 @@ reported."""
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from meshwright.cluster import amd, nvidia
-from meshwright.cluster.hardware import Gpu, is_unified, known_memory
+from meshwright.cluster.estimate import DriverFigures
+from meshwright.cluster.hardware import BY_HAND, Gpu, is_unified, known_memory, not_known
 from meshwright.cluster.host import GpuReading, GpuSource, Host
 from meshwright.cluster.pci import Maker, PciCard, cards_on, with_names
 from meshwright.errors import MachineError, Problem
@@ -35,6 +36,7 @@ _MENDS = (
     ("no answer from", "the driver may hang: dmesg says why; reset it or reboot"),
     ("no slice", "make slices (nvidia-smi mig -cgi ... -C), or turn MIG off (nvidia-smi -mig 0)"),
     ("none of the tools", "describe it by hand, as a [device.NAME] of the cluster file"),
+    ("not in the catalogue", BY_HAND),
     ("PCI bus", "install its driver; in a container, start it with the GPUs"),
 )
 """Mends by the words that occur in an error message."""
@@ -62,16 +64,38 @@ def detect_gpus(host: Host, *, partial: bool = False) -> DetectedGpus:
     if not any(each.gpus for each in found):
         cards = with_names(host, cards)
     found.append(_others(cards, alone=not any(each.gpus or each.unread for each in found)))
+    told = _told(host, torch)
+    gpus = [_with_figures(gpu, told) for each in found for gpu in each.gpus]
+    unread = [words for each in found for words in each.unread]
+    unread += [("the catalogue", words) for words in map(not_known, gpus) if words]
     looked = DetectedGpus(
-        gpus=tuple(gpu for each in found for gpu in each.gpus),
+        gpus=tuple(gpu for gpu in gpus if not not_known(gpu)),
         notes=tuple(note for each in found for note in each.notes),
-        unread=tuple(dict.fromkeys(words for each in found for words in each.unread)),
+        unread=tuple(dict.fromkeys(unread)),
     )
     if looked.unread and not (partial and looked.gpus):
         some = bool(looked.gpus)
         raise MachineError(*(_problem(*words, some=some) for words in looked.unread))
     left_out = tuple(f"LEFT OUT, as asked: {how}: {words}" for how, words in looked.unread)
     return replace(looked, notes=(*looked.notes, *left_out))
+
+
+def _told(host: Host, torch: tuple[str, GpuSource] | None) -> dict[str, DriverFigures]:
+    """Returns what PyTorch and NVML tell of the speed of the GPUs that they see, by name."""
+    ways = [torch[1]] if torch else []
+    ways += [way for way in (host.nvml(),) if way]
+    return {
+        each.name: each.figures
+        for way in ways
+        for each in way.gpus
+        if each.name and each.figures != DriverFigures()
+    }
+
+
+def _with_figures(gpu: Gpu, told: Mapping[str, DriverFigures]) -> Gpu:
+    """Adds the speed of a GPU that the catalogue does not hold, from a source that tells it."""
+    own = gpu.figures if gpu.figures.memory_rate else told.get(gpu.name, gpu.figures)
+    return replace(gpu, figures=own)
 
 
 def _problem(how: str, words: str, *, some: bool) -> Problem:
@@ -146,11 +170,11 @@ def _settled(
     troubles = [(way.name, way.trouble) for way in ways if way.trouble]
     if not most and not troubles:
         return DetectedGpus(notes=tuple(notes))
-    best = next((way for way in ways if _is_whole(way, host) and len(way.gpus) == most), None)
-    # A source that reports fewer GPUs, one of them lost, may mean a GPU that no other source sees.
-    if best is None or any(
-        each.trouble for way in ways if len(way.gpus) < most for each in way.gpus
-    ):
+    whole = [way for way in ways if _is_whole(way, host) and len(way.gpus) == most]
+    measured = (way for way in whole if all(each.memory for each in way.gpus))
+    best = next(measured, next(iter(whole), None))
+    # A lost GPU may be one that no other source sees, or one that others list by its name alone.
+    if best is None or any(each.trouble for way in ways for each in way.gpus):
         return _in_part(host, ways, notes)
     notes += [f"{words}. {best.name} tells of {most}: these are taken" for _, words in troubles]
     seen, note = _as_torch_sees(host, best, torch)
@@ -182,6 +206,7 @@ def _in_part(host: Host, ways: Sequence[GpuSource], notes: Sequence[str]) -> Det
     """Returns the GPUs of the most complete source, and a message for everything that it does not
     report."""
     best = max(ways, key=lambda way: (len(_readable(way, host)), len(way.gpus)))
+    best = replace(best, gpus=_as_others_say(best, ways))
     most = max(ways, key=lambda way: len(way.gpus))
     told = [(way.name, way.trouble) for way in ways if way.trouble]
     told += [(way.name, each.trouble) for way in ways for each in way.gpus if each.trouble]
@@ -193,6 +218,21 @@ def _in_part(host: Host, ways: Sequence[GpuSource], notes: Sequence[str]) -> Det
         if not any(words in known for _, known in unread):
             unread.append((how, words))
     return replace(_taken(host, best, best.gpus, notes), unread=tuple(unread))
+
+
+def _as_others_say(best: GpuSource, ways: Sequence[GpuSource]) -> tuple[GpuReading, ...]:
+    """Marks the GPUs of a source that another one, which tells of as many, says cannot be used."""
+    broken = {
+        place: each.trouble
+        for way in ways
+        if len(way.gpus) == len(best.gpus)
+        for place, each in enumerate(way.gpus)
+        if each.trouble
+    }
+    return tuple(
+        replace(each, trouble=each.trouble or broken.get(place, ""))
+        for place, each in enumerate(best.gpus)
+    )
 
 
 def _readable(way: GpuSource, host: Host) -> list[Gpu]:
@@ -226,6 +266,7 @@ def _gpu(seen: GpuReading, host: Host) -> Gpu | None:
         whole=seen.whole_memory,
         watts=seen.watts,
         usual_watts=seen.usual_watts,
+        figures=seen.figures,
     )
 
 

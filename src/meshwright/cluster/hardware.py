@@ -7,7 +7,9 @@ import re
 from dataclasses import replace
 
 from meshwright.cluster.catalog import catalog, type_reported_as
+from meshwright.cluster.estimate import DriverFigures, estimated_type, untold
 from meshwright.cluster.spec import DeviceType, Islands, Link, LinkKind
+from meshwright.errors import MachineError, Problem
 from meshwright.records import Bytes, BytesPerSecond, record
 from meshwright.text import printable
 
@@ -29,16 +31,11 @@ _SLICE = re.compile(r"(?:(\d+)c\.)?(\d+)g\.(\d+)gb")
 _UNIFIED = re.compile(r"nvgpu|Tegra|Jetson|\bOrin\b|\bXavier\b|\bThor\b|\bGB10\b")
 _VIRTUAL = re.compile(r"-\d+[ABCQ]$")
 
-_BY_CAPABILITY = (
-    ((12, 0), "RTX4090"),
-    ((10, 0), "B200"),
-    ((9, 0), "H100"),
-    ((8, 9), "L4"),
-    ((8, 6), "A10G"),
-    ((8, 0), "A100-40"),
-    ((7, 5), "T4"),
+
+BY_HAND = (
+    "write its datasheet into a cluster file, as [device.NAME] with memory, memory_bandwidth and "
+    "peak; or install PyTorch or nvidia-ml-py here, which tell what an estimate needs"
 )
-"""The catalogue's most similar GPU for each NVIDIA generation, by least compute capability."""
 
 
 @record
@@ -58,6 +55,8 @@ class Gpu:
     """Power limit in watts, if it is reported."""
     usual_watts: float | None = None
     """Default power limit in watts."""
+    figures: DriverFigures = DriverFigures()
+    """What its driver tells of its speed."""
 
 
 @record
@@ -92,6 +91,21 @@ def is_unified(name: str) -> bool:
     return bool(_UNIFIED.search(name))
 
 
+def not_known(gpu: Gpu) -> str:
+    """Says what is missing for the device type of a GPU; empty if the catalogue holds it, or its
+    driver tells enough for an estimate."""
+    if type_reported_as(gpu.name) is not None:
+        return ""
+    missing = untold(gpu.name, gpu.capability, gpu.figures)
+    what = ", ".join(missing)
+    if not missing:
+        return ""
+    return (
+        f"{printable(gpu.name) or 'a GPU without a name'} ({gpu.memory / 2**30:.4g} GiB) is not in "
+        f"the catalogue, and for an estimate its driver tells too little: no {what}"
+    )
+
+
 def known_memory(name: str) -> Bytes | None:
     """Returns the total bytes of a GPU whose name is in the catalogue; None for others."""
     known = type_reported_as(name)
@@ -109,21 +123,26 @@ def device_type_of(gpu: Gpu) -> tuple[DeviceType, str]:
     """Returns the device type of a GPU, and a note on figures that are not known (empty if all
     are).
 
-    A GPU that the catalogue does not contain becomes a new type with the figures of a similar GPU
-    of its generation, marked as guessed; only its memory is its own. Slices, cards with unusual
-    memory and cards with a lowered power limit become types of their own, with names that say so.
+    A GPU that the catalogue does not contain becomes a new type with figures that are estimated
+    from what its driver tells. Slices, cards with unusual memory and cards with a lowered power
+    limit become types of their own, with names that say so. Raises MachineError for a GPU of which
+    too little is told.
     """
     gpu = replace(gpu, name=printable(gpu.name))
-    known = type_reported_as(gpu.name)
-    relative = known or _relative_of(gpu)
-    base = catalog()[relative].type
-    usable = max(gpu.memory - RESERVED_BYTES, gpu.memory // 2)
     profile = gpu.slice or mig_profile_in(gpu.name)
+    usable = max(gpu.memory - RESERVED_BYTES, gpu.memory // 2)
+    whole = max((gpu.whole or 0) - RESERVED_BYTES, usable)
+    known = type_reported_as(gpu.name, None if profile and not gpu.whole else whole)
     name, notes = known or _stem(gpu.name), []
-    if known is None:
-        notes.append(
-            f"{gpu.name} is not in the catalogue: all but its memory is GUESSED to be as {relative}"
-        )
+    if known is not None:
+        base = catalog()[known].type
+    elif missing := not_known(gpu):
+        wanted = "figures of its datasheet"
+        raise MachineError(Problem(gpu.name, "memory_bandwidth, peak", missing, wanted, BY_HAND))
+    else:
+        watts = gpu.usual_watts or gpu.watts
+        base, how = estimated_type(name, gpu.name, usable, gpu.capability, gpu.figures, watts)
+        notes.append(f"{gpu.name} is not in the catalogue: its figures are {how}")
     if profile:
         base, note = _slice(base, gpu, profile)
         name, notes = f"{name}-{_clean(profile)}", [*notes, note]
@@ -144,12 +163,6 @@ def device_type_of(gpu: Gpu) -> tuple[DeviceType, str]:
         return base, ""
     note = "; ".join(notes)
     return replace(base, name=name, memory=usable, source=f"{note}. Profile to know."), note
-
-
-def _relative_of(gpu: Gpu) -> str:
-    """Returns the catalogue's name for a GPU of the same generation."""
-    own = gpu.capability or (0, 0)
-    return next((name for least, name in _BY_CAPABILITY if least <= own), "T4")
 
 
 def _clean(name: str) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from meshwright.cluster.estimate import DriverFigures
 from meshwright.records import Bytes, record
 from meshwright.text import printable, shown
 
@@ -81,6 +82,7 @@ class GpuReading:
     """Total memory of the whole GPU in bytes, for a slice."""
     watts: float | None = None
     usual_watts: float | None = None
+    figures: DriverFigures = DriverFigures()
     quoted: str = ""
     """Text that this was read from, kept if a part of it is missing."""
     trouble: str = ""
@@ -257,11 +259,35 @@ def _torch() -> tuple[str, GpuSource] | None:
             # On ROCm these two numbers count AMD's generations, not CUDA's.
             capability=(each.major, each.minor) if kind == "cuda" else None,
             uuid=f"GPU-{uuid}" if (uuid := getattr(each, "uuid", None)) else None,
+            figures=_torch_figures(each),
         )
         for each in found
     )
     said = f"PyTorch sees no GPU: {_said(told[0].message)}" if told and not seen else ""
     return kind, GpuSource(name=how, gpus=seen, notes=(said,) if said else ())
+
+
+def _torch_figures(properties: Any) -> DriverFigures:
+    """Returns the figures that PyTorch tells; clocks (kHz) and width only from version 2.8 on."""
+    chip = str(getattr(properties, "gcnArchName", "")).partition(":")[0]
+    count = getattr(properties, "multi_processor_count", None)
+    clock = getattr(properties, "clock_rate", None)
+    memory_clock = getattr(properties, "memory_clock_rate", None)
+    width = getattr(properties, "memory_bus_width", None)
+    if count and re.match(r"gfx1\d\d\d", chip):
+        count *= 2  # here ROCm counts pairs of compute units
+    return DriverFigures(
+        multiprocessors=count,
+        clock=clock * 1e3 if clock else None,
+        memory_rate=memory_rate(memory_clock * 1e3, width) if memory_clock and width else None,
+        chip=chip if chip.startswith("gfx") else None,
+    )
+
+
+def memory_rate(clock: float, width: float) -> float:
+    """Returns the bytes per second of a memory clock in Hz and a bus of `width` bits: two bits a
+    clock on each line."""
+    return 2 * clock * width / 8
 
 
 def _said(failure: object) -> str:
@@ -289,8 +315,30 @@ def _nvml_seen(nvml: Any) -> Iterator[GpuReading]:
             name = nvml.nvmlDeviceGetName(handle)
             memory = nvml.nvmlDeviceGetMemoryInfo(handle).total
             major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+            figures = _nvml_figures(nvml, handle, (major, minor))
         except nvml.NVMLError as failure:
             yield GpuReading(trouble=f"NVML: {_said(failure)}")
         else:
             text = name.decode(errors="replace") if isinstance(name, bytes) else name
-            yield GpuReading(name=printable(text), memory=memory, capability=(major, minor))
+            yield GpuReading(
+                name=printable(text), memory=memory, capability=(major, minor), figures=figures
+            )
+
+
+def _nvml_figures(nvml: Any, handle: Any, capability: tuple[int, int]) -> DriverFigures:
+    def told(call: str, *arguments: Any) -> float | None:
+        try:
+            return float(getattr(nvml, call)(handle, *arguments))
+        except (AttributeError, nvml.NVMLError):
+            return None
+
+    cores = told("nvmlDeviceGetNumGpuCores")
+    clock = told("nvmlDeviceGetMaxClockInfo", getattr(nvml, "NVML_CLOCK_SM", 1))
+    memory_clock = told("nvmlDeviceGetMaxClockInfo", getattr(nvml, "NVML_CLOCK_MEM", 2))
+    width = told("nvmlDeviceGetMemoryBusWidth")
+    of_each = 64 if capability in ((6, 0), (7, 0), (7, 2), (7, 5), (8, 0)) else 128
+    return DriverFigures(
+        multiprocessors=round(cores / of_each) if cores else None,
+        clock=clock * 1e6 if clock else None,
+        memory_rate=memory_rate(memory_clock * 1e6, width) if memory_clock and width else None,
+    )

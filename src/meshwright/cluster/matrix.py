@@ -7,7 +7,7 @@ from itertools import combinations
 
 from meshwright import units
 from meshwright.cluster.entries import MatrixEntry
-from meshwright.cluster.figures import BANDWIDTH, LATENCY, out_of_range
+from meshwright.cluster.ranges import BANDWIDTH, LATENCY, out_of_range
 from meshwright.cluster.spec import DirectLink, Link
 from meshwright.errors import Problem
 

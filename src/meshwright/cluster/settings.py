@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, cast, get_args
 
 from meshwright import units
-from meshwright.cluster.figures import (
+from meshwright.cluster.ranges import (
     BANDWIDTH,
     LATENCY,
     MEMORY,
@@ -212,4 +212,5 @@ def _with_figure(kind: DeviceType, figure: str, value: str, place: _OptionField)
         return replace(kind, peak={**kind.peak, cast("Precision", precision): peak})
     if figure not in _DEVICE:
         raise _unknown(place, figure, (*_DEVICE, "peak"))
-    return replace(kind, **{figure: _value(place, _DEVICE[figure], value)})
+    changed = replace(kind, **{figure: _value(place, _DEVICE[figure], value)})
+    return replace(changed, matmul_shares=None) if figure == "matmul_efficiency" else changed

@@ -21,8 +21,9 @@ from meshwright.records import (
     record,
 )
 
-Precision = Literal["fp64", "fp32", "fp16", "bf16"]
-"""Precision of forward and backward arithmetic. Weights and optimizer states stay fp32 (fp64 for
+Precision = Literal["fp64", "fp32", "tf32", "fp16", "bf16"]
+"""Precision of forward and backward arithmetic; in tf32, matrix units round the factors of products
+to 19 bits, and all numbers are kept in 32. Weights and optimizer states stay fp32 (fp64 for
 fp64)."""
 
 LinkKind = Literal[
@@ -59,6 +60,15 @@ class Link:
 
 
 @record
+class ReachedShares:
+    """Gives the shares of a peak that the matrix products of a layer's forward and of its backward
+    reach."""
+
+    forward: PositiveShare
+    backward: PositiveShare
+
+
+@record
 class DeviceType:
     """Describes one kind of accelerator (or CPU process) by the figures of its datasheet and the
     share of them that programs reach."""
@@ -72,6 +82,9 @@ class DeviceType:
     supported."""
     matmul_efficiency: PositiveShare = 0.6
     """Share of the peak that large matrix products reach."""
+    matmul_shares: dict[Precision, ReachedShares] | None = None
+    """What matrix products reach in place of `matmul_efficiency`, for the precisions in which it is
+    known for forward and backward apart."""
     attention_efficiency: PositiveShare = 0.35
     memory_efficiency: PositiveShare = 0.8
     processor: Literal["gpu", "cpu"] = "gpu"
@@ -161,6 +174,14 @@ class Cluster:
     direct: tuple[DirectLink, ...] = ()
     endpoints: dict[Name, Endpoint] | None = None
     """Endpoints by node name, for the nodes that give one."""
+
+
+def reached_shares_in(kind: DeviceType, precision: Precision) -> ReachedShares:
+    """Returns the shares of its peak that a device type reaches in matrix products in a
+    precision."""
+    known = (kind.matmul_shares or {}).get(precision)
+    share = kind.matmul_efficiency
+    return known or ReachedShares(forward=share, backward=share)
 
 
 def cluster_fingerprint(cluster: Cluster) -> str:

@@ -17,7 +17,7 @@ from meshwright.cluster.entries import (
     resolve_type,
     type_problems,
 )
-from meshwright.cluster.figures import figure_problems
+from meshwright.cluster.figures import figure_problems, type_figure_problems
 from meshwright.cluster.matrix import matrix_problems
 from meshwright.errors import Problem
 from meshwright.units import format_bandwidth
@@ -56,7 +56,8 @@ def table_problems(entries: Entries, source: str) -> Iterator[Problem]:
     for name in entries.devices:
         if not _NAME.fullmatch(name):
             yield Problem(source, f"device.{name}", repr(name), _NAME_RULE)
-    yield from figure_problems(entries, source)
+    of_figures = [*figure_problems(entries, source)]
+    yield from of_figures or ([] if of_types else type_figure_problems(entries, source))
     oversized = [*_size_problems(entries, source)]
     yield from oversized
     for where, node in entries.nodes.items():

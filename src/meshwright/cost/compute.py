@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cluster.spec import DeviceType, Precision
+from meshwright.cluster.spec import (
+    DeviceType,
+    Precision,
+    ReachedShares,
+    reached_shares_in,
+)
 from meshwright.cost.constants import DEFAULT_DEVICE, DeviceConstants, device_constants
 from meshwright.cost.profile import LayerTime, Profile
 from meshwright.errors import ClusterError, Problem
@@ -29,6 +34,7 @@ reads the activations and as many gradients."""
 WEIGHT_BYTES: dict[Precision, tuple[float, float]] = {
     "fp64": (8.0, 40.0),
     "fp32": (4.0, 20.0),
+    "tf32": (4.0, 20.0),
     "fp16": (8.0, 22.0),
     "bf16": (8.0, 22.0),
 }
@@ -43,6 +49,7 @@ writes and reads its cast (4 + 2 + 2); the backward reads the cast (2), writes a
 FROZEN_BYTES: dict[Precision, tuple[float, float]] = {
     "fp64": (8.0, 8.0),
     "fp32": (4.0, 4.0),
+    "tf32": (4.0, 4.0),
     "fp16": (2.0, 2.0),
     "bf16": (2.0, 2.0),
 }
@@ -89,6 +96,18 @@ def peak_flops(device: DeviceType, precision: Precision) -> float:
     return device.peak[precision]
 
 
+def matmul_shares(
+    device: DeviceType, precision: Precision, constants: DeviceConstants = DEFAULT_DEVICE
+) -> ForwardBackward:
+    """Returns the shares of the peak that matrix products of forward and backward reach: the
+    constant, if it was fitted, in both of them, else the device type's own."""
+    fitted = constants.matmul_efficiency
+    if fitted is not None:
+        return np.array([fitted, fitted])
+    own = reached_shares_in(device, precision)
+    return np.array([own.forward, own.backward])
+
+
 def split_share(split: float, whole: float, tensor: int) -> float:
     """Returns the share of `whole` that each of `tensor` ranks holds if they divide `split` of it.
 
@@ -117,7 +136,7 @@ def device_seconds(
     the forward. Raises ClusterError (see `peak_flops`).
     """
     peak = peak_flops(device, precision)
-    e_matmul = constants.matmul_efficiency or device.matmul_efficiency
+    e_matmul = matmul_shares(device, precision, constants)
     e_attention = constants.attention_efficiency or device.attention_efficiency
     e_memory = constants.memory_efficiency or device.memory_efficiency
     total = layer.forward_flops + layer.attention_flops
@@ -125,7 +144,7 @@ def device_seconds(
     flops = np.array([total, layer.backward_flops])
     flops *= rows * split_share(layer.along("tensor").flops, total, tensor)
     seconds_per_flop = (1 - attention) / e_matmul + attention / e_attention
-    moved = _moved_bytes(layer, precision, tensor, rows, constants.weight_traffic)
+    moved = _moved_bytes(layer, precision, tensor, rows, constants)
     result: ForwardBackward = flops * seconds_per_flop / peak + moved / (
         device.memory_bandwidth * e_memory
     )
@@ -133,21 +152,21 @@ def device_seconds(
 
 
 def _moved_bytes(
-    layer: Layer, precision: Precision, tensor: int, rows: float, weight_traffic: float
+    layer: Layer, precision: Precision, tensor: int, rows: float, constants: DeviceConstants
 ) -> ForwardBackward:
     """Returns the bytes of activations and weights that forward and backward read and write."""
     divided = layer.along("tensor")
     parameters = layer.parameters * split_share(divided.parameters, layer.parameters, tensor)
-    parameters *= weight_traffic
+    parameters *= constants.weight_traffic
     activations = layer.traffic_bytes * split_share(
         divided.traffic_bytes, layer.traffic_bytes, tensor
     )
-    moved: ForwardBackward = rows * activations * ACTIVATION_PASSES
+    moved: ForwardBackward = rows * activations * constants.activation_traffic * ACTIVATION_PASSES
     moved += parameters * np.array(WEIGHT_BYTES[precision])
     frozen = layer.frozen_parameters * split_share(
         divided.frozen_parameters, layer.frozen_parameters, tensor
     )
-    moved += frozen * weight_traffic * np.array(FROZEN_BYTES[precision])
+    moved += frozen * constants.weight_traffic * np.array(FROZEN_BYTES[precision])
     return moved
 
 
@@ -290,11 +309,11 @@ def layer_seconds(
     constants = device_constants(profile.calibration if profile else None, device)
 
     heads = head_signatures(model)
-    output = head_constants(constants, device)
+    output = for_head(constants, device)
 
     def price(layer: Layer, width: int, size: float) -> ForwardBackward:
-        own = output if layer.signature in heads else constants
-        return roofline(layer, device, precision, width, size, own)
+        own, kind = output if layer.signature in heads else (constants, device)
+        return roofline(layer, kind, precision, width, size, own)
 
     def host(layer: Layer, width: int, size: int, measured: ForwardBackward) -> ForwardBackward:
         if device.processor == "cpu":
@@ -329,10 +348,19 @@ def head_signatures(model: LayerGraph) -> frozenset[str]:
     )
 
 
-def head_constants(constants: DeviceConstants, device: DeviceType) -> DeviceConstants:
-    """Returns the constants with the matmul efficiency of the output projection."""
-    efficiency = constants.matmul_efficiency or device.matmul_efficiency
-    return replace(constants, matmul_efficiency=efficiency * constants.head_efficiency)
+def for_head(constants: DeviceConstants, device: DeviceType) -> tuple[DeviceConstants, DeviceType]:
+    """Returns the constants and the device type with the matmul efficiency of the output
+    projection: the fitted one, or the device type's own shares, times `head_efficiency`."""
+    scale = constants.head_efficiency
+    if constants.matmul_efficiency is not None:
+        fitted = constants.matmul_efficiency * scale
+        return replace(constants, matmul_efficiency=fitted), device
+    shares = device.matmul_shares and {
+        precision: ReachedShares(forward=each.forward * scale, backward=each.backward * scale)
+        for precision, each in device.matmul_shares.items()
+    }
+    own = device.matmul_efficiency * scale
+    return constants, replace(device, matmul_efficiency=own, matmul_shares=shares)
 
 
 def optimizer_seconds(

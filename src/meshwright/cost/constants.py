@@ -28,6 +28,7 @@ class DeviceConstants:
     launch_forward: Seconds = 2e-4
     launch_backward: Seconds = 4e-4
     layer_overhead: Seconds = 1e-4
+    activation_traffic: Ratio = 1.0
     weight_traffic: Ratio = 1.0
     optimizer_traffic: Ratio = 1.0
 
@@ -110,6 +111,13 @@ CONSTANTS = {
         high=1e-3,
         meaning="fixed time of a layer's forward, whatever the rows; a backward takes twice it",
         source="5 us for the ramp and the tail of each of 20 (a block) to 80 kernels",
+    ),
+    "activation_traffic": Constant(
+        unit="share",
+        low=0.1,
+        high=3.0,
+        meaning="share of the counted activation bytes that the kernels of a layer really move",
+        source="1: one kernel an operation; a third to a half where a compiler fuses them",
     ),
     "weight_traffic": Constant(
         unit="share",

@@ -68,7 +68,7 @@ def price_program(
     `times` are the layer times of the model, the cluster and the profile, if the caller has them.
     Raises ClusterError if a device does not offer the model's precision.
     """
-    profile = as_run_by(plan.job.runtime, profile, model)
+    profile = as_run_by(plan.job.runtime, profile, model, compiled=plan.job.compiled)
     times = times or layer_time_cache(model, cluster, profile)
     context = _context(plan, model, cluster, profile, times)
     held = _placed_stages(program, context, times)

@@ -275,6 +275,7 @@ def grid_answers(tool: str) -> dict[str, PropertyAnswer]:
         "job.precision": planned("precision"),
         "job.optimizer": planned("optimizer"),
         "job.runtime": label,
+        "job.compiled": label,
         "training.optimizer_settings": listed_in_notes(
             "learning rate, its schedule, betas, weight decay, number of steps and data: a plan "
             "says nothing of them"

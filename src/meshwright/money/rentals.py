@@ -12,7 +12,7 @@ from itertools import product
 from math import prod
 
 from meshwright.cluster.edit import without_devices
-from meshwright.cluster.spec import Cluster, Link, Node, Precision
+from meshwright.cluster.spec import Cluster, Link, Node, Precision, reached_shares_in
 from meshwright.money.outcomes import ClusterPrices, hourly_price
 
 MOST_RENTALS = 64
@@ -50,7 +50,7 @@ def node_classes(
 ) -> tuple[NodeClass, ...]:
     """Returns the classes of the nodes that have a device which offers the precision."""
     offers = {
-        name: kind.peak[precision] * kind.matmul_efficiency
+        name: kind.peak[precision] * reached_shares_in(kind, precision).backward
         for name, kind in cluster.types.items()
         if precision in kind.peak
     }

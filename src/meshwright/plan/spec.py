@@ -75,6 +75,9 @@ class Job:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     runtime: RuntimeName = "meshwright"
     """The system that runs it, with whose habits the step is predicted."""
+    compiled: bool = False
+    """True if a compiler fuses the elementwise operations of a layer, as torch.compile does: they
+    then move fewer bytes, and the host launches fewer kernels."""
 
 
 @record

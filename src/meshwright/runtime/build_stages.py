@@ -82,7 +82,9 @@ class _ParameterUse:
 
 def set_precision(model: nn.Module, precision: Precision) -> None:
     """Converts the weights to float64 for fp64, else to float32: low-precision copies are cast from
-    these master weights."""
+    these master weights. For tf32, lets CUDA's matrix products round their factors."""
+    if precision == "tf32":
+        torch.backends.cuda.matmul.allow_tf32 = True
     wanted = torch.float64 if precision == "fp64" else torch.float32
     tensors = [*model.parameters(), *model.buffers()]
     if any(t.is_floating_point() and t.dtype != wanted for t in tensors):

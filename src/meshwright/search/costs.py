@@ -120,7 +120,7 @@ def costs_of(
     """Makes the prices of a model on a cluster, of which none is worked out before it is asked for.
     Measured links replace those of the cluster. `recomputation`: stages that do not fit otherwise
     may recompute; `scatters`: tensors may cross cuts in parts that are gathered behind them."""
-    profile = as_run_by(job.runtime, profile, model)
+    profile = as_run_by(job.runtime, profile, model, compiled=job.compiled)
     stated_cluster, cluster = cluster, reached_links(cluster, profile)
     tables, times = memory_tables(model, job), layer_time_cache(model, stated_cluster, profile)
     links = {n.name: (n.inside, n.islands and n.islands.link) for n in cluster.nodes}

@@ -189,6 +189,7 @@ def _scaled(kind: DeviceType, like: DeviceType, scale: float) -> DeviceType:
         peak={precision: peak * scale for precision, peak in like.peak.items()},
         memory_bandwidth=like.memory_bandwidth * scale,
         matmul_efficiency=like.matmul_efficiency,
+        matmul_shares=like.matmul_shares,
         attention_efficiency=like.attention_efficiency,
         memory_efficiency=like.memory_efficiency,
         processor="cpu",

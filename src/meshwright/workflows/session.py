@@ -71,7 +71,7 @@ predicted to be faster by less, it was so in 36 % of the pairs of published runs
 NO_LIMITS = SearchLimits()
 
 
-def open_session(
+def open_session(  # noqa: PLR0913
     *,
     model: str,
     cluster: Path,
@@ -81,6 +81,7 @@ def open_session(
     precision: str | None,
     optimizer: str,
     runtime: str = "meshwright",
+    compiled: bool = False,
 ) -> Session:
     """Reads and checks all inputs. Raises the MeshwrightError of the first file at fault."""
     machines = load_cluster(cluster)
@@ -93,6 +94,7 @@ def open_session(
         precision=chosen,
         optimizer=optimizer,
         runtime=runtime,
+        compiled=compiled,
     )
     graph = load_model(model, job.sequence, chosen)
     times = load_profile(profile) if profile else None
@@ -185,12 +187,15 @@ def reopen_plan(
     cluster: Path | None = None,
     profile: Path | None = None,
     runtime: RuntimeName | None = None,
+    compiled: bool | None = None,
 ) -> tuple[Session, PricedPlan]:
-    """Opens a plan and the inputs that it was made from, for another runtime if one is named.
-    Raises PlanError if they do not belong together."""
+    """Opens a plan and the inputs that it was made from, for another runtime, compiled or not, if
+    that is named. Raises PlanError if they do not belong together."""
     plan = load_plan(plan_file)
     if runtime is not None:
         plan = replace(plan, job=replace(plan.job, runtime=runtime))
+    if compiled is not None:
+        plan = replace(plan, job=replace(plan.job, compiled=compiled))
     if not plan.model.source:
         mend = "name the model: a known name, a config.json or a model.toml"
         raise PlanError(Problem(str(plan_file), "model.source", "nothing", "a source", mend))
@@ -208,6 +213,7 @@ def reopen_plan(
             precision=plan.job.precision,
             optimizer=plan.job.optimizer,
             runtime=plan.job.runtime,
+            compiled=plan.job.compiled,
         )
     except ModelError as error:
         wanted = "a known name, or a config.json or model.toml that can be read"

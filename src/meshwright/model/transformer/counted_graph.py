@@ -37,6 +37,7 @@ from meshwright.techniques.tensor_parallel.model import dividing_axes, measured_
 SIZES: Mapping[Precision, tuple[int, int]] = {
     "fp64": (8, 8),
     "fp32": (4, 4),
+    "tf32": (4, 4),
     "fp16": (2, 4),
     "bf16": (2, 4),
 }

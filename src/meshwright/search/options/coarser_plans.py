@@ -1,4 +1,4 @@
-"""Where predictions are uncertain: plans with fewer, larger pieces of work than the best one.
+"""Tries plans with fewer, larger pieces of work than the best one, where predictions are uncertain.
 
 A search compares strategies by their predicted seconds and drops those that are a little slower. A
 user who has measured nothing may be better off with one of these (see `chosen`): the few that

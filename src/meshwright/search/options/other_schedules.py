@@ -190,6 +190,7 @@ def _with_margins(
 
 
 def proposal_of(ordered: OrderedPlan) -> Proposal:
+    """Returns the plan as a proposal, named by what it is."""
     plan = ordered.plan
     return Proposal(plan, describe_plan(plan))
 
