@@ -54,13 +54,16 @@ accuracy: $(READY) ## the cost model against published runs: make accuracy DATA=
 testbed: $(READY)  ## predicted against measured on emulated clusters: make testbed ARGS=--quick
 	$(BIN)/python benchmarks/testbed_accuracy.py $(ARGS)
 
+gpu:              ## figures from a CUDA GPU in 8 minutes, with the PyTorch that is there
+	@$(PYTHON) benchmarks/gpu_environment.py $(BIN)/python $(PYTHON) -- $(ARGS)
+
 lock: $(READY)    ## write constraints.txt anew (names and versions only)
 	$(BIN)/pip install uv
 	$(BIN)/uv pip compile pyproject.toml --group dev --group docs --universal \
 	  --python-version 3.11 --no-header --no-annotate --upgrade -o constraints.txt
 
 clean:            ## remove the environment and everything that was built
-	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .gpu-packages site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -73,4 +76,4 @@ $(DOCS): $(READY)
 	@touch $@
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test test-slow test-all soak lint docs picture bench accuracy testbed lock clean
+.PHONY: help demo check test test-slow test-all soak lint docs picture bench accuracy testbed gpu lock clean

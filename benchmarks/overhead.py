@@ -120,28 +120,40 @@ def worker(options: argparse.Namespace) -> None:
         model, plan, inputs=batch, options=TrainingOptions(),
         optimizer=lambda p: torch.optim.AdamW(p, lr=1e-4, fused=True),
     )  # fmt: skip
-    watch_own(engine, clock)
-    rows = clock.around(lambda a, b: tuple(x[a:b] for x in batch))
-    samples: Samples = defaultdict(list)
-    actions = engine._actions
-    timed = [(measured(act, samples[str(i.op)], clock), i) for act, i in actions]
     small = GPT(vocabulary=64, positions=16, width=32, heads=4, layers=1, tied=False)
-
-    def work(_) -> None:
-        torch.autograd.backward([small(*rows(0, share))])
-
-    followed = [(followed_by_blanks(act, samples, clock, work), i) for act, i in actions]
-    for step in range(2 * options.steps + 4):
-        engine._actions = followed if step % 2 else timed
-        engine.step(rows)
-        if step == 3:
-            for own in samples.values():
-                own.clear()
+    samples = sampled(engine, batch, clock, small, share=share, steps=options.steps)
     gathered = all_gather_records(dict(samples), dict[str, list[Sample]])
     if dist.get_rank() == 0:
         options.worker.write_text(json.dumps(medians(gathered)))
     dist.barrier()
     os._exit(0)
+
+
+def sampled(engine, batch, clock: Clock, small, *, share: int, steps: int) -> Samples:
+    """The samples of every instruction and of the blanks, for which `small` is run on `share` rows.
+
+    The clock must have been put around PyTorch (see `watch`) before the engine was made.
+    """
+    import torch
+
+    watch_own(engine, clock)
+    rows = clock.around(lambda a, b: tuple(x[a:b] for x in batch))
+    device = next(small.parameters()).device
+    samples: Samples = defaultdict(list)
+    actions = engine._actions
+    timed = [(measured(act, samples[str(i.op)], clock), i) for act, i in actions]
+
+    def work(_) -> None:
+        torch.autograd.backward([small(*(x.to(device) for x in rows(0, share)))])
+
+    followed = [(followed_by_blanks(act, samples, clock, work), i) for act, i in actions]
+    for step in range(2 * steps + 4):
+        engine._actions = followed if step % 2 else timed
+        engine.step(rows)
+        if step == 3:
+            for own in samples.values():
+                own.clear()
+    return samples
 
 
 def watch(clock: Clock) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from inspect import getsource
 from pathlib import Path
+from runpy import run_path
 from textwrap import dedent, fill
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -34,6 +35,7 @@ from meshwright.units import format_bytes, format_flops, format_throughput
 
 HERE = Path(__file__).parent
 PACKAGE = HERE.parent / "src" / "meshwright"
+MEASURED = HERE.parent / "benchmarks" / "measured"
 PART = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 CHOICES = {
@@ -319,6 +321,18 @@ def tree() -> str:
     return "```text\n" + "\n".join(lines) + "\n```"
 
 
+def measured_on_gpus(folder: Path = MEASURED) -> str:
+    """The tables of every device that `make gpu` has measured and whose file is kept."""
+    page_of = run_path(str(HERE.parent / "benchmarks" / "gpu_findings.py"))["page_of"]
+    pages = [
+        page_of(json.loads(path.read_text(encoding="utf-8")))
+        for path in sorted(folder.glob("*.json"))
+    ]
+    if not pages:
+        return "No device has been measured yet."
+    return "\n\n".join("\n".join(page) for page in pages)
+
+
 def _sentence(path: Path) -> str:
     """The first sentence of a module's docstring, without its full stop."""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
@@ -335,6 +349,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "error-tree": error_tree,
     "export-answers": export_answers,
     "floors": floors,
+    "measured-on-gpus": measured_on_gpus,
     "operations": operations,
     "rooms": rooms,
     "tree": tree,

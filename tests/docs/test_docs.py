@@ -42,7 +42,8 @@ IN_THE_REPOSITORY = re.compile(
     r"\b((?:benchmarks|examples|docs|tests|src)/[\w/.-]+\.(?:py|sh|toml))"
 )
 MODULE = re.compile(r"`meshwright((?:\.\w+)+)")
-generated = runpy.run_path(str(ROOT / "docs" / "generate.py"))["generated"]
+generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+generated = generate["generated"]
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda path: path.name)
@@ -50,6 +51,29 @@ def test_generated_parts_are_up_to_date(page: Path) -> None:
     """Otherwise: python docs/generate.py"""
     text = page.read_text(encoding="utf-8")
     assert generated(text) == text
+
+
+def test_figures_of_a_gpu_name_device_versions_and_commit(tmp_path: Path) -> None:
+    measured = generate["measured_on_gpus"]
+    assert measured(tmp_path) == "No device has been measured yet."
+    case = {
+        "state": "failed", "columns": ["model", "ours, ms"], "rows": [["small", 12.345]],
+        "notes": ["Of one step."], "problems": ["losses differ"],
+    }  # fmt: skip
+    results = {
+        "device": "NVIDIA H200", "driver": "580.1", "commit": "abc", "date": "2026-12-01",
+        "versions": {"torch": "2.13.0", "nccl": None}, "command": "python benchmarks/gpu.py",
+        "cases": {"runtime": case, "nccl": {"state": "skipped", "problems": ["needs CUDA"]}},
+    }  # fmt: skip
+    (tmp_path / "h200.json").write_text(json.dumps(results))
+    assert measured(tmp_path).splitlines() == [
+        "**NVIDIA H200**: driver 580.1, torch 2.13.0; commit abc, 2026-12-01.", "",
+        "`python benchmarks/gpu.py`", "",
+        "`runtime`: failed.", "",
+        "| model | ours, ms |", "| --- | --- |", "| small | 12.3 |", "",
+        "Of one step.", "", "losses differ", "",
+        "`nccl`: skipped.", "", "needs CUDA",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("page", ALL_PAGES, ids=lambda path: path.name)

@@ -119,11 +119,13 @@ def connect(
     *,
     timeout_seconds: float,
     device: str | None = None,
+    backend: str | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> World:
     """Connects with all other processes and builds every group that the program needs.
 
-    A default group that exists already is used, and left alone at the end. Raises LaunchError.
+    A default group that exists already is used, and left alone at the end. `backend` carries the
+    messages of all other groups; None: NCCL on CUDA devices, gloo on CPUs. Raises LaunchError.
     """
     timeout = timedelta(seconds=timeout_seconds)
     owned = not dist.is_initialized()
@@ -136,7 +138,8 @@ def connect(
         local_rank = int(environ.get("LOCAL_RANK", rank))
         chosen = pick_device(local_rank, device)
     _check_size(plan)
-    return _groups(plan, program, chosen, timeout, owned)
+    carrier = backend or ("nccl" if chosen.type == "cuda" else "gloo")
+    return _groups(plan, program, chosen, timeout, owned, carrier)
 
 
 def close(world: World) -> None:
@@ -168,10 +171,14 @@ def _check_size(plan: Plan) -> None:
 
 
 def _groups(
-    plan: Plan, program: Program, device: torch.device, timeout: timedelta, owned: bool
+    plan: Plan,
+    program: Program,
+    device: torch.device,
+    timeout: timedelta,
+    owned: bool,
+    backend: str,
 ) -> World:
     """Creates all groups, in the same order on every rank, as torch.distributed demands."""
-    backend = "nccl" if device.type == "cuda" else "gloo"
 
     def new(ranks: Iterable[int]) -> ProcessGroup:
         group = dist.new_group(list(ranks), backend=backend, timeout=timeout)
