@@ -110,7 +110,7 @@ ROOM_LINES = {
     "report": 2_130,
     "rivals": 310,
     "runtime": 4_700,
-    "search": 9_600,
+    "search": 9_700,
     "simulate": 2_000,
     "testbed": 1_550,
     "workflows": 2_030,

@@ -114,7 +114,7 @@ def test_what_tensor_ranks_divide_is_looked_at_only_where_it_is_asked_for():
     model = GPT(vocabulary=32, positions=8, width=16, heads=4, layers=2)
     batch = torch.zeros(2, 8, dtype=torch.long), torch.zeros(2, 8, dtype=torch.long)
     full, plain = trace(model, batch), trace(model, batch, divided=False)
-    nothing = {"flops": 0.0, "saved_bytes": 0.0, "moments": ()}
+    nothing = {"flops": 0.0, "traffic_bytes": 0.0, "saved_bytes": 0.0, "moments": ()}
     wanted = tuple(divided(layer, **nothing) for layer in full.layers)
     assert plain == replace(full, layers=wanted)
     assert plain != full

@@ -345,11 +345,9 @@ def transfer_seconds(
     source, target = (context.classes[here.device_class], context.classes[there.device_class])
     costs, fixed = context.costs, context.costs.system.boundary
     carried = template.rows * context.widest_cut
-    each = carried / here.width
-    inside = _link_inside(context, template, stage, here) if here == there else None
-    if inside:
+    if here == there and (inside := _link_inside(context, template, stage, here)):
         shared = here.block * here.tensor if inside.shared else 1
-        return fixed + inside.latency + each * shared / inside.bandwidth
+        return fixed + inside.latency + carried / here.width * shared / inside.bandwidth
     ends = [(source.network, here), (target.network, there)]
     seconds = max(
         flow_seconds(
