@@ -111,7 +111,7 @@ ROOM_LINES = {
     "rivals": 310,
     "runtime": 4_700,
     "search": 9_700,
-    "simulate": 2_000,
+    "simulate": 2_050,
     "testbed": 1_550,
     "workflows": 2_030,
 }

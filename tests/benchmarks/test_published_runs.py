@@ -66,8 +66,8 @@ def test_gpus_are_known_by_many_names(text, name):
 
 
 def test_an_unknown_gpu_is_refused():
-    with pytest.raises(SystemExit, match="unknown GPU 'tpu_v4'"):
-        fsdp_runs.device_name("tpu_v4")
+    with pytest.raises(SystemExit, match="unknown GPU 'abacus_v4'"):
+        fsdp_runs.device_name("abacus_v4")
 
 
 def test_runs_on_several_nodes_wait_for_the_network(tmp_path, monkeypatch):

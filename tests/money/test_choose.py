@@ -24,7 +24,7 @@ from meshwright.records import dumps
 from meshwright.search.planner import find_plan
 from meshwright.simulate.simulator import simulate_plan
 from soaks import portion, tenth
-from worlds import cluster, device, job, model
+from worlds import FAST, cluster, device, job, model
 
 pytestmark = pytest.mark.heavy
 NEAR = 1e-9
@@ -314,9 +314,12 @@ def test_what_cannot_serve_better_is_not_searched(monkeypatch):
 
 
 def test_the_front_leaves_out_what_is_beaten_in_both(monkeypatch):
-    """Two slow devices are no faster than the fast one and, with their messages, no cheaper."""
+    """Two slow devices are slower than the fast one, and for a step dearer."""
     asked = watched(monkeypatch)
-    found = chosen(SMALL, terms_of(priced(fast=2.0, slow=1.0), "cost"), whole_front=True)
+    graph, _, todo = SMALL
+    slower = cluster(("fast",), ("slow",), ("slow",), types=(FAST, device("slow", 9.0)))
+    terms = terms_of(priced(fast=2.0, slow=1.0), "cost")
+    found = chosen((graph, slower, todo), terms, whole_front=True)
     searched = [devices for devices, _ in asked]
     assert searched == [("a:0", "b:0", "c:0"), ("a:0", "b:0"), ("a:0",), ("b:0",)]
     assert found.skipped == {choose.DOMINATED: 1}
