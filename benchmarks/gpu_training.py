@@ -222,8 +222,10 @@ class PlainLoop:
         self.shape, self.device = shape, device
         self.model = made(shape).to(device)
         if compile:  # layer by layer, as ours: the whole would take minutes
-            for layer in (self.model.embedding, *self.model.blocks, self.model.head):
-                layer.compile()
+            model = self.model
+            model.embedding = torch.compile(model.embedding)
+            model.blocks = torch.nn.ModuleList(torch.compile(each) for each in model.blocks)
+            model.head = torch.compile(model.head)
         self.optimizer = adamw(list(self.model.parameters()))
         self.arithmetic = torch.autocast(
             device.type, dtype=torch.bfloat16, enabled=precision == "bf16"

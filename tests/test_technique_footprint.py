@@ -27,11 +27,16 @@ CHOSEN = "the search chooses it stage by stage"
 MESSAGES = "a rank sends and receives, and waits for what it has posted"
 TRACED = "a layer is run as one of several tensor ranks, to find what they divide"
 DIVIDED = "a rank holds slices of its layers, and its team sums inside them"
+RECORDED = "a table of other tools' runs has a column for it"
 ALLOWED: dict[str, dict[str, str]] = {
     "pipeline_parallel": {
         "program/compile.py": "messages stand around the actions that make and read tensors",
         "runtime/rank_model.py": MESSAGES,
         "runtime/agreement.py": MESSAGES,
+        "search/quick_clock.py": "gathers behind a cut hold the stage that makes them",
+    },
+    "state_division": {
+        "recorded/price.py": RECORDED,
     },
     "tensor_parallel": {
         "model/layer_record.py": TRACED,
@@ -57,6 +62,8 @@ ALLOWED: dict[str, dict[str, str]] = {
         "cost/memory.py": "one table of bytes for stages that recompute, one for the others",
         "cost/pricing_context.py": "memory is kept by what it depends on",
         "cost/sharded.py": "the same field of another tool's run",
+        "recorded/fit.py": RECORDED,
+        "recorded/price.py": RECORDED,
         "runtime/build_stages.py": "a built stage knows which of its layers run again",
         "search/": CHOSEN,
     },
