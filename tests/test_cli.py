@@ -75,6 +75,7 @@ def test_a_plan_is_explained_and_simulated(planned):
     assert "<html" in (planned / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_plan_is_made_for_the_system_that_runs_it_and_simulated_for_another(planned):
     done = meshwright(
         *("plan", "--model", "gpt-tiny", "--cluster", "cluster.toml", "--runtime", "deepspeed"),
@@ -140,6 +141,7 @@ def test_a_plan_is_trained_and_leaves_its_traces(planned):
     assert "<html" in (planned / "run.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_attention_that_a_model_was_named_with_stays_with_its_plan(planned):
     """Plans, runs and exports reopen it; what is saved grows by the scores."""
     (planned / "config.json").write_text(json.dumps(

@@ -82,6 +82,7 @@ def test_every_case_names_a_function_that_is_there() -> None:
         assert callable(getattr(sys.modules[module], function))
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_a_run_prints_tables_and_leaves_them_in_one_file(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -153,6 +154,7 @@ def test_cases_after_the_last_second_are_left_out_and_the_status_says_so(
     assert "failed: ['read']" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_no_process_of_a_case_is_left_whatever_its_session(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -118,6 +118,7 @@ def test_unfused_attention_is_counted_as_the_module_computes_it(config, precisio
     check(replace(config, attention="unfused", attention_dropout=dropout), precision)
 
 
+@pytest.mark.slow
 def test_a_u_transformer_has_unfused_attention_too():
     """Seven bytes of a score, on two levels of both sides and in the middle; fused attention saves
     a number for each query instead."""

@@ -62,6 +62,7 @@ def prepared(path: Path):
     return tuple(prepare(run, MACHINES) for run in read_runs(path))
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_constants_of_made_up_runs_are_found_back(tmp_path: Path) -> None:
     fit = fit_runs(prepared(made_up(tmp_path)), source="made up")
@@ -81,6 +82,7 @@ def test_constants_of_made_up_runs_are_found_back(tmp_path: Path) -> None:
     assert "shard_exposure" not in names
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_fitted_constants_predict_other_layouts(tmp_path: Path) -> None:
     """Many constants at once are not told apart by six runs; the steps that follow from them are
@@ -97,6 +99,7 @@ def test_fitted_constants_predict_other_layouts(tmp_path: Path) -> None:
         assert predicted_seconds(run) < 0.85 * run.run.step
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_host_bound_runs_are_recognised(tmp_path: Path) -> None:
     """Host times below those of the device change nothing, so a fit that begins there sees no

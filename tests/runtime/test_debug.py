@@ -52,6 +52,7 @@ def test_debugging_changes_no_number() -> None:
         assert plain == debugged
 
 
+@pytest.mark.slow
 def test_debugging_a_broadcast_changes_no_number() -> None:
     for plain, debugged in run_ranks(3, losses, [WIDER])[0]:
         assert plain == debugged
@@ -82,6 +83,7 @@ def skips_a_step(rank: int) -> str:
     return f"{type(caught.value).__name__} {caught.value}"
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_a_step_ahead_is_named_by_its_peer() -> None:
     results = [text for good, text in outcomes(2, skips_a_step) if good]
     told = [text for text in results if text.startswith("TrainingError")]

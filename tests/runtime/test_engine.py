@@ -112,6 +112,7 @@ def dropping_heads() -> nn.Module:
     return grouped("unfused", 0.2)
 
 
+@pytest.mark.slow
 def test_tensor_ranks_drop_other_weights_than_one_rank_with_all_heads() -> None:
     """With the same slices of rows, all other numbers are the same."""
     stages, ranks = ((2, "a"), (3, "b")), ((5, "ab again"),)

@@ -57,6 +57,7 @@ def test_a_layer_larger_than_every_device_fits_nowhere():
         find_plan(heavy, cluster(("fast",) * 2), job(4))
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_a_batch_of_a_prime_number_of_rows_on_many_devices():
     where = cluster(*[("fast",) * 4 + ("slow",) * 8] * 8)

@@ -94,6 +94,7 @@ def test_divided_states_fit_where_nothing_else_does():
     assert certificate(costs_of(graph, where, job(2))).seconds <= found.prediction.step_seconds
 
 
+@pytest.mark.slow
 @settings(max_examples=portion(25))
 @given(small_worlds({1: (6, 6), 2: (5, 6), 3: (4, 6), 4: (4, 4)}), st.sampled_from([1e10, 1e15]))
 def test_no_plan_with_divided_states_is_below_the_certificate(world, bandwidth):

@@ -271,6 +271,7 @@ def test_tensor_widths_of_the_holders_of_tied_parameters_divide_the_widest():
         assert (found is not None) == able
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_more_nodes_never_give_a_slower_plan():
     seconds = [

@@ -26,6 +26,7 @@ def test_freezing_never_makes_the_best_plan_slower(world, data):
     assert seconds(frozen, where, todo) <= seconds(graph, where, todo) * (1 + 2e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 @settings(max_examples=portion(12))
 @given(any_worlds(), st.data())
