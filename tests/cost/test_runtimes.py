@@ -14,6 +14,7 @@ from meshwright.cost.constants import Calibration, SystemConstants, implausible
 from meshwright.cost.pricing import price_program
 from meshwright.cost.profile import LayerTime, Profile
 from meshwright.cost.runtimes import RUNTIMES, UNMEASURED, as_run_by
+from meshwright.cost.weights import bytes_per_parameter
 from meshwright.export.tools import RUNTIME_OF, TOOLS
 from meshwright.plan.spec import Plan, RuntimeName
 from meshwright.program.compile import compile_plan
@@ -128,3 +129,20 @@ def test_where_no_gradients_are_summed_megatron_is_never_the_faster(
         for runtime in ("meshwright", "megatron")
     )
     assert theirs > ours
+
+
+@pytest.mark.parametrize(
+    ("runtime", "wanted"),
+    [
+        ("meshwright", (4.0, 4.0, 8.0, 2.0)),
+        ("fsdp", (4.0, 4.0, 8.0, 2.0)),
+        ("megatron", (2.0, 4.0, 12.0, 0.0)),
+        ("deepspeed", (2.0, 2.0, 12.0, 0.0)),
+    ],
+)
+def test_master_weights_are_where_a_runtime_keeps_them(
+    runtime: RuntimeName, wanted: tuple[float, ...]
+) -> None:
+    short, long = (bytes_per_parameter(p, "adamw", runtime) for p in ("bf16", "fp32"))
+    assert (short.weights, short.gradients, short.optimizer, short.casts) == wanted
+    assert (long.weights, long.gradients, long.optimizer, long.casts) == (4.0, 4.0, 8.0, 0.0)

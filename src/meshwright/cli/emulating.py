@@ -194,7 +194,7 @@ def verify(
     from meshwright.workflows.session import reopen_plan
     from meshwright.workflows.verify import verify_here
 
-    session, found = reopen_plan(plan_file, cluster=cluster, profile=profile)
+    session, found = reopen_plan(plan_file, cluster=cluster, profile=profile, runtime="meshwright")
     names = tuple(name for name in against.split(",") if name)
     told = {"options.steps": "--steps"}
     settings = checked(RunSettings, told, model=found.plan.model.source, options={"steps": steps})

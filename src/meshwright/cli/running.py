@@ -86,7 +86,7 @@ def train(
         from meshwright.workflows.session import reopen_plan
         from meshwright.workflows.train import prepared_commands
 
-        session, found = reopen_plan(plan_file)
+        session, found = reopen_plan(plan_file, runtime="meshwright")
         told = {"steps": steps, "clip_norm": clip_norm, "seed": seed, "save_weights": save_weights}
         told |= {"debug": debug, "timeout_seconds": timeout, "compile": compile}
         settings = _run_settings(found.plan, told, data, learning_rate, warmup_steps)
@@ -190,7 +190,7 @@ def _launch_command(
     from meshwright.workflows.session import reopen_plan
 
     if plan_file is not None:
-        session, found = reopen_plan(plan_file, cluster=cluster)
+        session, found = reopen_plan(plan_file, cluster=cluster, runtime="meshwright")
         return launch_command(found.plan.devices, session.cluster, node, command, port)
     assert cluster is not None
     machines = load_cluster(cluster)

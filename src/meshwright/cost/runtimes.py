@@ -80,7 +80,7 @@ RUNTIMES: Mapping[RuntimeName, Runtime] = {
         "before tensors, without waiting",
     ),
     "fsdp": Runtime(
-        device=replace(DEFAULT_DEVICE, weight_traffic=0.3, optimizer_traffic=0.7),
+        device=DEFAULT_DEVICE,
         system=SystemConstants(gradient_width=0.5, shard_exposure=0.3, step=1e-3),
         source="16-bit weights and gradients on the links, gathered one unit ahead",
     ),

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from meshwright.cluster.spec import Precision
 from meshwright.model.spec import LayerGraph, Tied
 from meshwright.plan.ranks import StagePlacement
-from meshwright.plan.spec import Job
+from meshwright.plan.spec import Job, RuntimeName
 from meshwright.records import record
 
 Array = NDArray[np.float64]
@@ -37,15 +37,26 @@ class ParameterBytes:
     kept."""
 
 
-def bytes_per_parameter(precision: Precision, optimizer: str) -> ParameterBytes:
+SHORT_GRADIENTS: Mapping[RuntimeName, float] = {"megatron": 4.0, "deepspeed": 2.0}
+"""Systems that keep 16-bit weights in 16-bit arithmetic, with the bytes of a gradient beside them;
+the master weights are then states of the optimizer (Rajbhandari et al. 2020, section 3.1)."""
+
+
+def bytes_per_parameter(
+    precision: Precision, optimizer: str, runtime: RuntimeName = "meshwright"
+) -> ParameterBytes:
     """Returns the bytes of each kind per parameter.
 
     Master weights, gradients and optimizer states are fp32 (fp64 in an fp64 job): 4 + 4 + 8 with
-    Adam, which keeps two moments as wide as the weights. 16-bit arithmetic adds 2 for the cast.
+    Adam, which keeps two moments as wide as the weights. 16-bit arithmetic adds 2 for the cast. A
+    runtime of SHORT_GRADIENTS has 2 + its gradients + 12 instead.
     """
     width = 8.0 if precision == "fp64" else 4.0
     cast = 2.0 if precision in ("fp16", "bf16") else 0.0
     moments = {"adamw": 2, "sgd": 0}[optimizer]
+    if cast and runtime in SHORT_GRADIENTS:
+        gradients, states = SHORT_GRADIENTS[runtime], (1 + moments) * width
+        return ParameterBytes(weights=cast, gradients=gradients, optimizer=states, casts=0.0)
     return ParameterBytes(weights=width, gradients=width, optimizer=moments * width, casts=cast)
 
 
@@ -108,7 +119,7 @@ def weight_table(model: LayerGraph, job: Job) -> WeightTable:
     layers = model.layers
     split = [layer.along("tensor") for layer in layers]
     return WeightTable(
-        unit=bytes_per_parameter(job.precision, job.optimizer),
+        unit=bytes_per_parameter(job.precision, job.optimizer, job.runtime),
         trained=_numbers((x.parameters for x in layers), (x.parameters for x in split)),
         frozen=_numbers(
             (x.frozen_parameters for x in layers), (x.frozen_parameters for x in split)

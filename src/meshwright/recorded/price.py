@@ -155,6 +155,8 @@ def _plan(run: RecordedRun, model: LayerGraph, cluster: Cluster) -> Plan:
             sequence=run.sequence,
             precision=run.precision,
             optimizer=run.optimizer,
+            # What sharded states hold is counted apart, from the whole states of our own runtime.
+            runtime="meshwright" if run.sharding in SHARDED else runtime_of(run),
         ),
         schedule=run.schedule or ("interleaved-1f1b" if run.chunks > 1 else "1f1b"),
         devices=names,

@@ -123,7 +123,9 @@ def profile_from_runs(folders: Sequence[Path], cluster: Path | None = None) -> P
         wanted = "at least one run folder"
         raise ProfileError(Problem("calibrate", "runs", "nothing", wanted))
     measured = np.array([run_seconds(folder) for folder in folders])
-    opened = [reopen_plan(folder / PLAN, cluster=cluster) for folder in folders]
+    opened = [
+        reopen_plan(folder / PLAN, cluster=cluster, runtime="meshwright") for folder in folders
+    ]
     session = opened[0][0]
     strangers = [
         Problem(str(folder), "model", other.model.name, session.model.name, "calibrate it apart")
