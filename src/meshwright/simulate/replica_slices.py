@@ -62,8 +62,8 @@ def largest_orbit(
     pipeline: Pipeline, homes: Homes, links: ExplicitLinks | None, *, across: bool
 ) -> list[ReplicaSlice]:
     """Returns the largest set of identical slices of a pipeline; empty if it has none."""
-    # A broadcast or a gather joins ranks of several slices.
-    if any(stage.boundary not in (None, "direct") for stage in pipeline.stages):
+    # A broadcast or a gather joins the tensor ranks of a replica.
+    if across and any(stage.boundary not in (None, "direct") for stage in pipeline.stages):
         return []
     return next(_divisions(pipeline, homes, links, across=across), [])
 
