@@ -20,6 +20,8 @@ amp() { # trials, cluster, then options
   "$python" benchmarks/amp_trials.py --trials "$data/amp/$trials.json" \
     --cluster "examples/clusters/$cluster.toml" --profiles "$data/amp/profiles.json" "$@"
 }
+echo; echo "Each set without a constant fitted to it"
+"$python" benchmarks/without_fit.py --data "$data" --pairs
 if have amp/profiles.json; then
   t4="$data/amp/homogeneous_trials.json examples/clusters/t4-16.toml"
   v100="$data/amp/het_model_trials.json examples/clusters/v100-16.toml"

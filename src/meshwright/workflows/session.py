@@ -64,7 +64,7 @@ class SearchLimits:
 
 INDISTINCT = 0.03
 """The margin of predictions without measurements. Where the plan with more pieces of work was
-predicted to be faster by less, it was so in 36 % of the pairs of published runs
+predicted to be faster by less, it was so in 46 % of 148 pairs of published runs
 (`benchmarks/without_fit.py --pairs`)."""
 
 
