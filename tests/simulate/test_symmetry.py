@@ -152,7 +152,7 @@ def test_unlike_tensor_widths_take_as_long_folded(second, played, shared):
     boundary=st.sampled_from(["direct", "broadcast", "scatter_gather"]),
     schedule=st.sampled_from(["1f1b", "gpipe"]),
 )
-def test_stages_of_unlike_tensor_widths_take_as_long_folded(  # noqa: PLR0913 - see above
+def test_stages_of_unlike_tensor_widths_take_as_long_folded(
     widths, replicas, shared, tied, boundary, schedule
 ):
     """Each stage has `replicas` times its first number of replicas, and its second one is their
