@@ -149,10 +149,11 @@ def test_unlike_tensor_widths_take_as_long_folded(second, played, shared):
     replicas=st.sampled_from([1, 2, 4]),
     shared=st.booleans(),
     tied=st.booleans(),
+    boundary=st.sampled_from(["direct", "broadcast", "scatter_gather"]),
     schedule=st.sampled_from(["1f1b", "gpipe"]),
 )
 def test_stages_of_unlike_tensor_widths_take_as_long_folded(
-    widths, replicas, shared, tied, schedule
+    widths, replicas, shared, tied, boundary, schedule
 ):
     """Each stage has `replicas` times its first number of replicas, and its second one is their
     tensor width."""
@@ -167,7 +168,8 @@ def test_stages_of_unlike_tensor_widths_take_as_long_folded(
         own = names[16 * s : 16 * s + 16]
         number = min(replicas * data, 16 // tensor)
         groups = tuple(tuple(own[tensor * n : tensor * (n + 1)]) for n in range(number))
-        stages.append(Stage(layers=(s, s + 1), devices=groups))
+        kind = boundary if s else None
+        stages.append(Stage(layers=(s, s + 1), devices=groups, boundary=kind))
     pipeline = Pipeline(micro_batches=3, rows=16, stages=tuple(stages))
     plan = replace(plan_by_hand(pipeline, optimizer="sgd"), schedule=schedule)
     check(plan, model, where)

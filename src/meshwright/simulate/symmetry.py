@@ -193,16 +193,17 @@ def _among_themselves(program: Program, folded: Symmetry) -> Program:
 def priced_for_all(program: Program, prices: Prices, folded: Symmetry) -> Prices:
     """Returns the prices of the simulated ranks with the traffic of the whole orbit.
 
-    Transfers carry the bytes of all slices; rings keep only the resources of simulated ranks.
+    Transfers, and gathers inside a slice, carry the bytes of all slices; rings keep only the
+    resources of simulated ranks.
     """
     devices = {prices.devices[rank] for rank in folded.ranks}
     rings: dict[tuple[int, int], Traffic] = {}
 
     def changed(rank: int, op: Op, price: Price) -> Price:
         traffic = price.traffic
-        if op.kind == "send":
+        if op.kind == "send" or (op.kind == "collective" and op.reads):
             return replace(price, traffic=_many(traffic, folded, folded.pipeline_of[rank]))
-        if op.kind == "collective" and not op.reads and traffic.bytes_by_resource:
+        if op.kind == "collective" and traffic.bytes_by_resource:
             number = folded.rings[folded.pipeline_of[rank]] if op.meets else 1
             key = (id(traffic), number)
             if key not in rings:

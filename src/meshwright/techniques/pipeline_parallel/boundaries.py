@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 
+from meshwright.layout.boxes import Range
 from meshwright.model.spec import LayerGraph, tensors_across
 from meshwright.plan.ranks import RankPlacement, StagePlacement, same_ranks
 from meshwright.plan.spec import BoundaryKind
@@ -15,12 +16,23 @@ from meshwright.techniques.pipeline_parallel.rows import Move, boundary_moves, g
 
 
 @record
+class RankMoves:
+    """Holds the moves from one stage to another by rank, so that a rank finds its own without a
+    walk through all of them."""
+
+    sent: dict[int, list[Move]]
+    received: dict[int, list[Move]]
+    gathers: dict[int, list[tuple[Range, tuple[int, ...]]]]
+    """The rows whose parts a rank all-gathers, with the ranks that do so together."""
+
+
+@record
 class Boundary:
     """Describes the transfers in one direction across one cut of a stage."""
 
     op: Op
     """The operation of this stage's ranks: a send or a receive."""
-    moves: tuple[Move, ...]
+    moves: RankMoves
     row_bytes: float
 
 
@@ -34,24 +46,33 @@ class Boundaries:
     """What it sends, by the compute instruction that produces it."""
 
 
-MovesBetween = Callable[[StagePlacement, StagePlacement, BoundaryKind], tuple[Move, ...]]
+MovesBetween = Callable[[StagePlacement, StagePlacement, BoundaryKind], RankMoves]
 """The moves from one stage to another over a boundary of a kind."""
 
 
 def moves_once(only: Container[int] | None = None) -> MovesBetween:
     """Returns `boundary_moves` for the stages of one plan, which are computed once: both ends of a
     boundary ask for them."""
-    known: dict[tuple[int, int], tuple[Move, ...]] = {}
+    known: dict[tuple[int, int], RankMoves] = {}
 
-    def moves(
-        source: StagePlacement, target: StagePlacement, kind: BoundaryKind
-    ) -> tuple[Move, ...]:
+    def moves(source: StagePlacement, target: StagePlacement, kind: BoundaryKind) -> RankMoves:
         key = source.number, target.number
         if key not in known:
-            known[key] = boundary_moves(source, target, kind, only=only)
+            known[key] = _by_rank(boundary_moves(source, target, kind, only=only))
         return known[key]
 
     return moves
+
+
+def _by_rank(moves: Sequence[Move]) -> RankMoves:
+    found = RankMoves(sent={}, received={}, gathers={})
+    for move in moves:
+        found.sent.setdefault(move.source, []).append(move)
+        found.received.setdefault(move.target, []).append(move)
+    for rows, ranks in gathered(moves):
+        for rank in ranks:
+            found.gathers.setdefault(rank, []).append((rows, ranks))
+    return found
 
 
 def boundaries_of(
@@ -109,6 +130,7 @@ def boundary_transfers(placement: RankPlacement, boundary: Boundary | None) -> l
     if boundary is None:
         return []
     receiving = boundary.op.kind == "receive"
+    moves = boundary.moves.received if receiving else boundary.moves.sent
     return [
         Instruction(
             op=boundary.op,
@@ -119,8 +141,7 @@ def boundary_transfers(placement: RankPlacement, boundary: Boundary | None) -> l
             ranks=move.chain,
             bytes=_size(boundary, move),
         )
-        for move in boundary.moves
-        if (move.target if receiving else move.source) == placement.rank
+        for move in moves.get(placement.rank, ())
     ]
 
 
@@ -145,6 +166,5 @@ def boundary_gathers(placement: RankPlacement, boundary: Boundary | None) -> lis
             ranks=ranks,
             bytes=round(boundary.row_bytes * (rows[1] - rows[0])),
         )
-        for rows, ranks in gathered(boundary.moves)
-        if placement.rank in ranks
+        for rows, ranks in boundary.moves.gathers.get(placement.rank, ())
     ]
