@@ -4,7 +4,7 @@ from dataclasses import replace
 from math import ulp
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from meshwright.cluster.spec import Cluster, DirectLink, Islands, Link, Node, Site, devices_of
@@ -152,6 +152,14 @@ def test_unlike_tensor_widths_take_as_long_folded(second, played, shared):
     boundary=st.sampled_from(["direct", "broadcast", "scatter_gather"]),
     schedule=st.sampled_from(["1f1b", "gpipe"]),
 )
+@example(
+    widths=[(2, 2), (2, 2), (1, 2)],
+    replicas=2,
+    shared=True,
+    tied=False,
+    boundary="scatter_gather",
+    schedule="1f1b",
+)  # a node's bus carries the gathers of two replicas
 def test_stages_of_unlike_tensor_widths_take_as_long_folded(
     widths, replicas, shared, tied, boundary, schedule
 ):
