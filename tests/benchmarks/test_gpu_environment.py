@@ -121,6 +121,7 @@ def test_make_gpu_asks_the_projects_python_first() -> None:
     done = subprocess.run(
         ["make", "-n", "gpu", "VENV=own", "PYTHON=theirs", "ARGS=--list"],
         cwd=ROOT, capture_output=True, text=True, check=True,
+        env={name: value for name, value in os.environ.items() if not name.startswith("MAKE")},
     )  # fmt: skip
     assert done.stdout.split() == [
         "theirs", "benchmarks/gpu_environment.py", "own/bin/python", "theirs", "--", "--list",
