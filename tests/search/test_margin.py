@@ -14,12 +14,13 @@ from meshwright.cluster.spec import Link
 from meshwright.plan.spec import Plan
 from meshwright.search.incumbent import Evaluated, chosen, pieces, simplest
 from meshwright.search.planner import find_plan
-from worlds import DEVICE, cluster, even_model, job
+from worlds import DEVICE, cluster, even_model, even_plan, job
 
 MODEL = even_model(8, parameters=10**8)
 """Its gradients take far longer than its work: only a pipeline pays."""
 CLUSTER = cluster(("g",), ("g",), network=Link(bandwidth=1e9, latency=0.0), types=(DEVICE,))
 JOB = replace(job(64), sequence=1)
+BASE = even_plan(even_model(2), CLUSTER)
 
 
 def seconds(plan: Plan) -> float:
@@ -65,13 +66,12 @@ class Field:
 def test_no_plan_within_the_margin_is_better_in_both(
     field: list[tuple[float, int, int]], margin: float
 ) -> None:
-    base = find_plan(even_model(2), CLUSTER, replace(job(2), sequence=1))
-    (pipeline,), others = base.pipelines[:1], []
+    (pipeline,), others = BASE.pipelines[:1], []
     for index, (taken, stages, micro_batches) in enumerate(field):
         changed = replace(
             pipeline, stages=pipeline.stages[:1] * stages, micro_batches=micro_batches
         )
-        others.append(Evaluated(str(index), replace(base, pipelines=(changed,)), taken))
+        others.append(Evaluated(str(index), replace(BASE, pipelines=(changed,)), taken))
     incumbent = Field(others, margin)
     winner = chosen(incumbent)  # type: ignore[arg-type]
     assert winner.seconds <= incumbent.best.seconds * (1 + max(margin, 1e-9))

@@ -2,7 +2,8 @@
 
 The host time of a layer, whether a sender waits for its message, when sums of gradients begin and
 in how many bits they travel depend on the system, not on the machines. None of these constants was
-fitted to the runs of `docs/accuracy.md`; they stand where nothing was calibrated.
+fitted; `docs/accuracy.md` says which were chosen with which runs in sight. They stand where nothing
+was calibrated.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ class Runtime:
     system: SystemConstants
     source: Line
     """What says so."""
+    gradient_bytes: float | None = None
+    """The bytes of a gradient beside 16-bit weights, in 16-bit arithmetic; the master weights are
+    then states of the optimizer (Rajbhandari et al. 2020, section 3.1). None: weights and gradients
+    are fp32."""
 
 
 UNMEASURED = ErrorBar(low=0.84, high=1.18, runs=1644)
@@ -66,6 +71,7 @@ RUNTIMES: Mapping[RuntimeName, Runtime] = {
         ),
         source="80 operations of a layer from Python, with hooks; schedules that wait for every "
         "message; 16-bit gradients summed after the last backward",
+        gradient_bytes=4.0,
     ),
     "deepspeed": Runtime(
         device=_MEGATRON_HOST,
@@ -78,6 +84,7 @@ RUNTIMES: Mapping[RuntimeName, Runtime] = {
         ),
         source="as megatron, with an engine that interprets a schedule in Python and sends sizes "
         "before tensors, without waiting",
+        gradient_bytes=2.0,
     ),
     "fsdp": Runtime(
         device=DEFAULT_DEVICE,

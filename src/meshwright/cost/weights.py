@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cluster.spec import Precision
+from meshwright.cost.runtimes import RUNTIMES
 from meshwright.model.spec import LayerGraph, Tied
 from meshwright.plan.ranks import StagePlacement
 from meshwright.plan.spec import Job, RuntimeName
@@ -37,11 +38,6 @@ class ParameterBytes:
     kept."""
 
 
-SHORT_GRADIENTS: Mapping[RuntimeName, float] = {"megatron": 4.0, "deepspeed": 2.0}
-"""Systems that keep 16-bit weights in 16-bit arithmetic, with the bytes of a gradient beside them;
-the master weights are then states of the optimizer (Rajbhandari et al. 2020, section 3.1)."""
-
-
 def bytes_per_parameter(
     precision: Precision, optimizer: str, runtime: RuntimeName = "meshwright"
 ) -> ParameterBytes:
@@ -49,14 +45,15 @@ def bytes_per_parameter(
 
     Master weights, gradients and optimizer states are fp32 (fp64 in an fp64 job): 4 + 4 + 8 with
     Adam, which keeps two moments as wide as the weights. 16-bit arithmetic adds 2 for the cast. A
-    runtime of SHORT_GRADIENTS has 2 + its gradients + 12 instead.
+    runtime that keeps 16-bit weights has 2 + its gradients + 12 instead.
     """
     width = 8.0 if precision == "fp64" else 4.0
     cast = 2.0 if precision in ("fp16", "bf16") else 0.0
     moments = {"adamw": 2, "sgd": 0}[optimizer]
-    if cast and runtime in SHORT_GRADIENTS:
-        gradients, states = SHORT_GRADIENTS[runtime], (1 + moments) * width
-        return ParameterBytes(weights=cast, gradients=gradients, optimizer=states, casts=0.0)
+    beside = RUNTIMES[runtime].gradient_bytes
+    if cast and beside is not None:
+        states = (1 + moments) * width
+        return ParameterBytes(weights=cast, gradients=beside, optimizer=states, casts=0.0)
     return ParameterBytes(weights=width, gradients=width, optimizer=moments * width, casts=cast)
 
 

@@ -178,7 +178,8 @@ def _priced_stage(
 def _messages(
     costs: Costs, pipeline: CandidatePipeline, prices: PipelinePrices
 ) -> list[tuple[Crossing, Crossing]]:
-    """Returns the messages across every cut, onward and back."""
+    """Returns the messages across every cut, onward and back; their gathers are added to the work
+    of the stages that receive them."""
     slowest = max(f + b for f, b in zip(prices.forward, prices.backward, strict=True))
     period = mean_period(slowest, len(prices.forward), pipeline.micro_batches)
     found = []

@@ -188,10 +188,8 @@ class _Listing:
             ends.append(end)
             if free is not None:
                 free[0] = arrived
-            if other >= 0 and self.now[other] <= end:
-                heappush(
-                    events, (end, other)
-                )  # else it looks again when it is done, which is later
+            if other >= 0 and self.now[other] <= end:  # else it looks again when it is done
+                heappush(events, (end, other))
         own.append(code)
         self.before[g].append(self.now[g])
         self.now[g] = end

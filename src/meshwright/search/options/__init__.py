@@ -21,7 +21,8 @@ OPTIONS: tuple[PlanOption, ...] = (
     *(room.OPTION for room in rooms_with("options")),
     coarser_plans.OPTION,
 )
-"""The options in the order in which they are tried; those of techniques come last but one."""
+"""The options in the order in which they are tried; those of techniques come before coarser
+plans, which are compared with the best of all the others."""
 OPTION_NAMES = tuple(option.name for option in OPTIONS)
 
 
